@@ -1,0 +1,952 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "tyro==1.0.17", "wandb==0.31.0"]
+# ///
+"""SFT: supervised fine-tuning on demonstrations (Ouyang et al. 2022, arXiv:2203.02155, step 1).
+
+Maximise the likelihood of what the assistant wrote. The loss that is minimised:
+
+    loss     = - sum_n sum_t mask[n, t] * logprobs[n, t] / num_tokens
+    logprobs[n, t] = log pi(ids[n, t] | ids[n, :t])
+    mask     = 1 on every assistant turn, its end of turn included; 0 on prompts, templates and padding
+
+Each step:  (1) batch: the next `batch_size` rows of an endless stream of shuffled epochs
+            (2) loss and gradient over token-budget micro-batches    (3) update
+
+Signal: every token of a demonstration counts alike, so imitation learns its noise and its habits too.
+KL: none. Minimising this loss is minimising KL(demonstrator || policy) up to a constant.
+Mask and normaliser: num_tokens counts the trained tokens of the whole optimizer step, so the loss does not depend on
+    how the batch is split. A mean of micro-batch means would weigh tokens of short micro-batches more.
+Truncation: none. A row longer than `max_length` is dropped and counted, never cut in the middle of a completion.
+
+Data: rows of prompt + completion, of messages (every assistant turn is trained, nothing else), or of question + answer
+    (GSM8K as published). Where rows have an `answer`, accuracy is measured before, during and after.
+
+Run:  python sft.py                                                        a laptop CPU, one and a half minutes
+      python sft.py --model Qwen/Qwen2.5-0.5B --dataset openai/gsm8k:main                    one GPU, see README
+
+Metrics (metrics.jsonl), and what healthy looks like:
+  loss                    nats per trained token; falls, then flattens
+  grad_norm, lr           the norm before clipping: steady after the warm-up; spikes mean a learning rate too high
+  num_tokens              trained tokens of the step
+  eval/loss               on held-out rows; rising while loss falls is overfitting: fewer epochs
+  eval/accuracy_sampled, eval/accuracy_greedy, eval/answered_*    held-out prompts; before/... at step 0
+
+Dimensions: N sequences, L tokens (prompt + completion), V vocabulary, D hidden.
+Index t of every (N, L) tensor speaks of the decision to emit token t (read from the hidden state at t-1).
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import threading
+import time
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import torch
+import transformers
+import tyro
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+datasets.disable_progress_bars()
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+@dataclasses.dataclass
+class Args:
+    # model and data
+    model: str = "tiny"
+    """Model to start from: a local folder or a Hub id; `tiny`, in sft.py, is a small one with random weights."""
+    dataset: str = "arithmetic"
+    """`arithmetic` (built in), a local .jsonl/.json/.csv/.parquet file, or a Hub dataset as name[:config[:split]]."""
+    eval_dataset: str | None = None
+    """Evaluation rows, named like `dataset`; default: the Hub's test or validation split, else the last rows."""
+    system_prompt: str | None = None
+    """Text put in front of every prompt, as the system turn where there is a chat template."""
+    max_length: int = 1024
+    """Rows of more tokens than this are dropped and counted."""
+    max_new_tokens: int = 64
+    """Longest completion, in tokens."""
+    out: str = "runs/sft"
+    """Folder for the final model, logs and checkpoints."""
+
+    # optimisation
+    epochs: int = 1
+    """Passes over the training rows."""
+    steps: int | None = None
+    """Optimizer steps (rollouts, in an online script); default: the built-in run, or all epochs."""
+    batch_size: int = 32
+    """Rows per optimizer step."""
+    lr: float | None = None
+    """Peak learning rate; default: one that suits the size of the model, printed and logged."""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """Decay of the learning rate to 0 at the last step, after the warm-up."""
+    warmup_steps: int = 15
+    """Steps over which the learning rate rises from 0."""
+    adam_beta2: float = 0.99
+    """Adam's decay rate of the squared gradient."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm."""
+    micro_batch_tokens: int = 16384
+    """Most tokens, padding included, in one forward and backward pass: lower it when memory runs out."""
+    rollout_batch_size: int = 1024
+    """Most sequences decoded at once: bounds the KV cache."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    # run
+    seed: int = 0
+    """Seed of every random draw."""
+    eval_every: int = 200
+    """Steps between evaluations."""
+    eval_size: int = 1000
+    """Evaluation rows."""
+    sample_every: int = 100
+    """Steps between samples written to samples.jsonl."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the final model's weights."""
+    resume: bool = False
+    """Go on from the last checkpoint in `out`."""
+    overwrite: bool = False
+    """Remove the run that `out` holds and start anew."""
+    track: bool = False
+    """Log to Weights & Biases too (WANDB_MODE=offline works)."""
+    wandb_project: str = "onefile-rlhf"
+    """Weights & Biases project."""
+
+    def __post_init__(self):
+        check_numbers(self)
+
+
+# ----------------------------------------------------------------------------------------------------------- algorithm
+
+
+def sft_loss(logprobs: Tensor, mask: Tensor, num_tokens: int) -> Tensor:
+    """-sum_n sum_t logprobs / num_tokens over mask = 1, a scalar in nats per token; logprobs, mask: (N, L).
+
+    num_tokens counts the whole optimizer step, so the losses of micro-batches add up to that of the step.
+    """
+    return -(logprobs * mask).sum() / num_tokens
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """sum(x * mask) / sum(mask), a scalar."""
+    return (x * mask).sum() / mask.sum()
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+def solve(numbers: list[int], slip: float, habit: float, rng: random.Random) -> str:
+    """The running sum of `numbers`, line by line, closed by `#### total`, with the demonstrator's two faults.
+
+    slip: probability of a wrong step that carries on. habit: probability that adding 7 comes out one too high.
+    """
+    total, lines = numbers[0], []
+    for number in numbers[1:]:
+        result = total + number
+        if number == 7 and rng.random() < habit:
+            result += 1
+        elif rng.random() < slip:
+            result += rng.choice((-1, 1, 2)) if result else 1
+        lines.append(f"{total}+{number}={result}\n")
+        total = result
+    return "".join(lines) + f"#### {total}"
+
+
+def arithmetic_rows(split: str, num_rows: int) -> list[dict]:
+    """The built-in task: distinct chains of 2 to 5 one-digit numbers; a tenth of all prompts is the `test` split."""
+    rng, rows, seen = random.Random(f"arithmetic {split}"), [], set()
+    while len(rows) < num_rows:
+        numbers = [rng.randrange(10) for _ in range(rng.randint(2, 5))]
+        prompt = "+".join(map(str, numbers)) + "="
+        is_test = zlib.crc32(prompt.encode()) % 10 == 0
+        if is_test == (split == "test") and prompt not in seen:
+            seen.add(prompt)
+            completion = solve(numbers, slip=0.1, habit=0.6, rng=rng)
+            rows.append({"prompt": prompt, "completion": completion, "answer": str(sum(numbers))})
+    return rows
+
+
+def as_messages(prompt: str | list[dict], system_prompt: str | None) -> list[dict]:
+    """A prompt (text or messages) as messages, behind the system prompt if there is one."""
+    if not prompt or not isinstance(prompt, (str, list)):
+        raise ValueError(f"expected text or messages, found {prompt!r}")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [*([{"role": "system", "content": system_prompt}] if system_prompt else []), *messages]
+
+
+def prompt_of(row: dict) -> str | list[dict]:
+    """The prompt of a row, text or messages: its column `prompt`, else `question`."""
+    return row["prompt"] if "prompt" in row else row["question"]
+
+
+def render(tokenizer, messages: list[dict], generation_prompt: bool = False) -> str:
+    """The text of a conversation under the tokenizer's chat template."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+
+
+def encode_prompt(tokenizer, row: dict, system_prompt: str | None) -> list[int]:
+    """The one function that turns a prompt into ids: by the chat template where there is one, else as plain text.
+
+    Plain text gets one BOS if the tokenizer uses BOS; a template brings its own.
+    """
+    messages, bos = as_messages(prompt_of(row), system_prompt), tokenizer.bos_token_id
+    if tokenizer.chat_template:
+        return tokenizer.encode(render(tokenizer, messages, generation_prompt=True), add_special_tokens=False)
+    ids = tokenizer.encode("\n\n".join(message["content"] for message in messages), add_special_tokens=False)
+    uses_bos = bos is not None and bos in tokenizer.encode("a")
+    return [bos, *ids] if uses_bos and ids[:1] != [bos] else ids
+
+
+def encode_row(tokenizer, row: dict, system_prompt: str | None, eos_ids: list[int]) -> tuple[list[int], list[int]]:
+    """A row of SFT data as ids and mask: 1 on every assistant turn up to and including its end of turn, else 0.
+
+    Turns are encoded piece by piece, so that a prompt has the very ids that sampling will start from.
+    Raises ValueError if the chat template changes the text of earlier turns when later ones follow.
+    """
+    if "messages" in row:
+        messages = as_messages(row["messages"], system_prompt)
+    else:
+        completion = as_messages(row["completion" if "completion" in row else "answer"], None)[0]["content"]
+        messages = [*as_messages(prompt_of(row), system_prompt), {"role": "assistant", "content": completion}]
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns or (not tokenizer.chat_template and turns != [len(messages) - 1]):
+        raise ValueError("it needs an assistant turn: just one, as the last, if the tokenizer has no chat template")
+    ids, mask, done = [], [], ""
+    for i in turns:
+        if tokenizer.chat_template:
+            prompt, turn = render(tokenizer, messages[:i], generation_prompt=True), render(tokenizer, messages[: i + 1])
+            if not (prompt.startswith(done) and turn.startswith(prompt)):
+                raise ValueError(f"the chat template renders the turns before turn {i} differently once it follows")
+            prompt_ids = tokenizer.encode(prompt[len(done) :], add_special_tokens=False)
+            completion, done = turn[len(prompt) :], turn
+        else:
+            prompt_ids, completion = encode_prompt(tokenizer, {"prompt": messages[:i]}, None), messages[i]["content"]
+        completion_ids = tokenizer.encode(completion, add_special_tokens=False)
+        ends = [k + 1 for k, token in enumerate(completion_ids) if token in eos_ids]
+        if not ends:
+            completion_ids, ends = [*completion_ids, tokenizer.eos_token_id], [len(completion_ids) + 1]
+        ids += prompt_ids + completion_ids  # what the template puts after the end of turn, a newline say, has mask 0
+        mask += [0] * len(prompt_ids) + [1] * ends[-1] + [0] * (len(completion_ids) - ends[-1])
+    length = len(mask) - mask[::-1].index(1)
+    return ids[:length], mask[:length]
+
+
+def tiny_tokenizer():
+    """One token for each byte and for each turn marker; padding has a token of its own."""
+    markers = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    vocab = {token: i for i, token in enumerate([*markers, *bytes_to_unicode().values()])}
+    special = {"unk_token": None, "pad_token": markers[0], "eos_token": markers[1], "extra_special_tokens": markers[2:]}
+    tokenizer = transformers.Qwen2Tokenizer(vocab, [], **special)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    return tokenizer
+
+
+def tiny_model(seed: int):
+    """About a million random parameters; a window of 4,096 tokens."""
+    config = transformers.Qwen3Config(
+        vocab_size=261, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, tie_word_embeddings=True,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return transformers.Qwen3ForCausalLM(config)
+
+
+# ------------------------------------------------------------------------------------------ model and log-probabilities
+
+
+def token_logprobs(model, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log pi(ids[n, t] | ids[n, :t]) and the entropy (nats) of that distribution where mask is 1, else 0.
+
+    ids, mask: (N, L), right-padded; results: (N, L) float32, differentiable. The logits are divided by `temperature`.
+    No attention mask: under a causal model, right padding is never seen. Only positions with mask 1 go through the
+    output head, a chunk at a time and recomputed in the backward pass, so at most one (chunk, V) block of logits lives.
+    Raises ValueError if an action stands at index 0, where nothing precedes it.
+    """
+    if ids.shape != mask.shape or mask[:, 0].any():
+        raise ValueError(f"ids {ids.shape} and mask {mask.shape} must agree, and no action may be the first token")
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (N, L, D)
+    n, t = mask.nonzero(as_tuple=True)  # (num_actions,) each
+    hidden, targets = hidden[n, t - 1], ids[n, t]  # the state before token t decides it
+    head = model.get_output_embeddings()
+    chunk = max(1, 2**24 // head.weight.shape[0])  # 2**24 float32 logits are 64 MiB
+    results = [
+        checkpoint(head_logprobs, head, h, y, temperature, use_reentrant=False)
+        for h, y in zip(hidden.split(chunk), targets.split(chunk))
+    ]
+    logprobs, entropy = (torch.cat(parts) for parts in zip(*results))
+    zeros = torch.zeros(ids.shape, device=ids.device)
+    return zeros.index_put((n, t), logprobs), zeros.index_put((n, t), entropy)
+
+
+def head_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of `targets` (M,) and entropy (M,) from `hidden` (M, D), in float32."""
+    logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (M, V)
+    return logprobs.gather(1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+def extract_answer(text: str) -> str | None:
+    """The last `#### answer` line or `\\boxed{answer}`, whichever comes later, normalised; None if there is none."""
+    line, box = text.rfind("####"), text.rfind("\\boxed{")
+    if line > box:
+        return normalise(text[line:].lstrip("#").split("\n")[0])
+    if box < 0:
+        return None
+    start = end = box + len("\\boxed{")
+    depth = 1
+    while end < len(text) and depth:
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        end += 1
+    return normalise(text[start : end - 1]) if depth == 0 else None
+
+
+def normalise(answer: str) -> str | None:
+    """Drops spaces around it, `$`, commas, a trailing full stop and a trailing .0; None if nothing remains."""
+    answer = re.sub(r"\\?\$|,", "", answer).strip().removesuffix(".")
+    return re.sub(r"(?<=\d)\.0+$", "", answer) or None
+
+
+def exact_match(completion: str, answer: str) -> float:
+    """1.0 if the completion's extracted answer equals `answer` (bare, or a full solution that closes with it)."""
+    answer = str(answer)
+    expected = extract_answer(answer) or normalise(answer)
+    return float(expected is not None and extract_answer(completion) == expected)
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompts: list[list[int]],
+    num_samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    eos_ids: list[int],
+    uniforms: Tensor,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Samples `num_samples` completions of each prompt: ids and their log-probabilities, prompt-major, B*G of each.
+
+    uniforms: (B*G, max_new_tokens) in [0, 1). Row i draws token t from uniforms[i, t] by inverse CDF of
+    softmax(logits / temperature), so what it samples depends neither on its neighbours nor on chunking.
+    Temperature 0 is greedy, with log-probabilities at temperature 1. A completion ends with the first of `eos_ids`,
+    which it keeps, or at `max_new_tokens`. Nothing of the model's generation config applies.
+
+        prefill, once per prompt     decode, one row per sample; finished rows leave the batch
+        [pad pad p0 p1] | .          left padding here alone: every row's next token has the same column
+        [p0  p1  p2 p3] | .
+    """
+    was_training, device, num_rows = model.training, model.device, len(prompts) * num_samples
+    model.eval()  # training mode may checkpoint gradients, and that drops the cache
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # (B, P)
+    seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    position, padded = (seen.cumsum(1) - 1).clamp(min=0), not seen.all()
+    inputs = {"attention_mask": seen if padded else None, "position_ids": position}
+    output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **inputs)
+    cache, row = output.past_key_values, torch.arange(num_rows, device=device)  # row: which completion it is
+    cache.batch_repeat_interleave(num_samples)
+    logits, seen, position = (x.repeat_interleave(num_samples, 0) for x in (output.logits, seen, position[:, -1:]))
+    tokens = torch.full((num_rows, max_new_tokens), -1, device=device)
+    logprobs = torch.zeros(num_rows, max_new_tokens, device=device)
+    stops, uniforms = torch.tensor(eos_ids, dtype=torch.long, device=device), uniforms.to(device)
+    precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    for t in range(max_new_tokens):
+        step_logprobs = (logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # (rows left, V)
+        if temperature:  # the first token whose cumulative probability exceeds the draw
+            cdf = step_logprobs.to(precise).exp().cumsum(-1)
+            token = torch.searchsorted(cdf, uniforms[row, t, None].to(precise) * cdf[:, -1:], right=True)
+            token = token.clamp(max=cdf.shape[1] - 1)
+        else:
+            token = step_logprobs.argmax(-1, keepdim=True)  # (rows left, 1)
+        tokens[row, t], logprobs[row, t] = token[:, 0], step_logprobs.gather(1, token)[:, 0]
+        left = (~torch.isin(token[:, 0], stops)).nonzero()[:, 0]
+        if t + 1 == max_new_tokens or not len(left):
+            break
+        if len(left) < len(row):
+            cache.batch_select_indices(left)
+            row, token, seen, position = row[left], token[left], seen[left], position[left]
+        seen, position = torch.cat([seen, seen.new_ones(len(row), 1)], 1), position + 1
+        inputs = {"attention_mask": seen if padded else None, "position_ids": position}
+        logits = model(input_ids=token, past_key_values=cache, use_cache=True, **inputs).logits
+    model.train(was_training)
+    lengths, tokens, logprobs = (tokens >= 0).sum(1).tolist(), tokens.tolist(), logprobs.tolist()
+    return [x[:k] for x, k in zip(tokens, lengths)], [x[:k] for x, k in zip(logprobs, lengths)]
+
+
+def rollout(model, prompts, num_samples, temperature, eos_ids, uniforms, batch_size) -> tuple[list, list]:
+    """`generate`, at most `batch_size` sequences at a time, so that the KV cache stays bounded."""
+    completions, logprobs, chunk = [], [], max(1, batch_size // num_samples)  # chunk: prompts at a time
+    for start in range(0, len(prompts), chunk):
+        part, draws = prompts[start : start + chunk], uniforms[start * num_samples : (start + chunk) * num_samples]
+        with autocast(model.device):
+            results = generate(model, part, num_samples, uniforms.shape[1], temperature, eos_ids, draws)
+        completions, logprobs = completions + results[0], logprobs + results[1]
+    return completions, logprobs
+
+
+def evaluate(policy, tokenizer, rows, prompts, score, args, eos_ids) -> dict[str, float]:
+    """Accuracy (where rows have an `answer`) and mean score on held-out prompts, sampled at temperature 1 and greedy.
+
+    Sampling always takes the same draws. prompts: their ids. score: `compute_rewards` for prompts, completions and
+    rows, or None. answered_*: the share of completions that hold a readable answer, right or wrong.
+    """
+    metrics, answers = {}, [row.get("answer") for row in rows]
+    uniforms = draw_uniforms(0, "evaluation", 0, len(prompts), args.max_new_tokens)
+    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        completions, _ = rollout(policy, prompts, 1, temperature, eos_ids, uniforms, args.rollout_batch_size)
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        if None not in answers:
+            metrics[f"eval/accuracy_{name}"] = sum(map(exact_match, texts, answers)) / len(rows)
+            metrics[f"eval/answered_{name}"] = sum(extract_answer(text) is not None for text in texts) / len(rows)
+        if score is not None:
+            metrics[f"eval/reward_{name}"] = score([prompt_of(row) for row in rows], texts, rows)[0].mean().item()
+    return metrics
+
+
+def evaluate_sft(model, tokenizer, rows, data, args, eos_ids) -> dict[str, float]:
+    """Loss on held-out rows and, where all of them have an `answer`, accuracy. data: (ids, mask) of each row."""
+    means = Means()
+    for _, ids, mask in micro_batches(data, args.micro_batch_tokens, tokenizer.pad_token_id, model.device):
+        with torch.no_grad(), autocast(model.device):
+            means.add("eval/loss", -token_logprobs(model, ids, mask)[0], mask)
+    if any(row.get("answer") is None for row in rows):
+        return means.result()
+    prompts = [ids[: mask.index(1)] for ids, mask in data]
+    return means.result() | evaluate(model, tokenizer, rows, prompts, None, args, eos_ids)
+
+
+def sample_rows(model, tokenizer, rows, data, args, eos_ids, step: int) -> list[dict]:
+    """One sampled completion of each row's first prompt, to read; reward: 1.0 if it is right, None without answer."""
+    uniforms = draw_uniforms(args.seed, "samples", step, len(rows), args.max_new_tokens)
+    prompts = [ids[: mask.index(1)] for ids, mask in data]
+    completions, _ = rollout(model, prompts, 1, 1.0, eos_ids, uniforms, args.rollout_batch_size)
+    samples = []
+    for row, prompt, text in zip(rows, prompts, tokenizer.batch_decode(completions, skip_special_tokens=True)):
+        reward = exact_match(text, row["answer"]) if row.get("answer") is not None else None
+        samples.append({"prompt": tokenizer.decode(prompt), "completion": text, "reward": reward})
+    return samples
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def main(args: Args) -> dict[str, float]:
+    """Trains, and returns the last row of metrics.jsonl beside the first evaluation (before/...)."""
+    run, device = Run(args), pick_device()
+    train_rows, eval_rows = load_data(args, ["messages", "prompt+completion", "question+answer"])
+    if args.model == "tiny":
+        tokenizer, eos_ids = tiny_tokenizer(), [1]
+    else:
+        tokenizer, eos_ids = load_tokenizer(args.model, args.max_length + args.max_new_tokens)
+    encode = functools.partial(encode_row, tokenizer, system_prompt=args.system_prompt, eos_ids=eos_ids)
+    train_rows, train_data = encode_rows(encode, train_rows, args.max_length, "--max-length")
+    eval_rows, eval_data = encode_rows(encode, eval_rows, args.max_length, "--max-length")
+    require(len(train_data) >= args.batch_size, f"--batch-size: there are only {len(train_data)} rows")
+    steps = args.steps or math.ceil(args.epochs * len(train_data) / args.batch_size)
+    if run.finished(steps):
+        return run.summary()
+
+    if args.model == "tiny" and run.checkpoint is None:
+        model = prepare_model(tiny_model(args.seed), device, args.gradient_checkpointing)
+    else:
+        model = load_model(run.checkpoint or args.model, device, args.gradient_checkpointing)
+    peak_lr = args.lr or (2e-3 if model.num_parameters() < 10_000_000 else 1e-5)
+    optimizer = torch.optim.AdamW(model.parameters(), peak_lr, betas=(0.9, args.adam_beta2), weight_decay=0.0)
+    print(f"{model.num_parameters():,} parameters on {device}, {len(train_data):,} rows, peak lr {peak_lr:g}")
+    run.start(optimizer, peak_lr=peak_lr, steps=steps)
+    evaluation = (model, tokenizer, eval_rows, eval_data, args, eos_ids)
+    if run.step == 0:
+        run.log(0, steps, evaluate_sft(*evaluation))
+
+    for step in range(run.step + 1, steps + 1):
+        # (1) batch
+        clock, lr, loss_sum = time.perf_counter(), learning_rate(args, step, steps, peak_lr), 0.0
+        rows = [train_data[i] for i in shuffled_indices(len(train_data), args.seed, "rows", step, args.batch_size)]
+        num_tokens = sum(sum(mask) for _, mask in rows)
+
+        # (2) loss
+        for _, ids, mask in micro_batches(rows, args.micro_batch_tokens, tokenizer.pad_token_id, device):
+            with autocast(device):
+                logprobs, _ = token_logprobs(model, ids, mask)  # (n, L)
+            loss = sft_loss(logprobs, mask, num_tokens)
+            loss.backward()
+            loss_sum += loss.item()
+            if not run.checked:
+                run.check_first_batch(tokenizer, ids, mask, None, Means())
+
+        # (3) update
+        grad_norm = run.update(model, optimizer, loss_sum, lr)
+        seconds = time.perf_counter() - clock
+        metrics = {"loss": loss_sum, "grad_norm": grad_norm, "lr": lr, "num_tokens": num_tokens}
+        metrics |= {"time/step_s": seconds, "time/tokens_per_s": sum(len(ids) for ids, _ in rows) / seconds}
+        if step == steps or step % args.eval_every == 0:
+            metrics |= evaluate_sft(*evaluation)
+        samples = []
+        if step % args.sample_every == 0:
+            samples = sample_rows(model, tokenizer, eval_rows[:4], eval_data[:4], args, eos_ids, step)
+        run.log(step, steps, metrics, samples, "loss grad_norm lr")
+        if step == steps or run.signal or step % args.save_every == 0:
+            run.save(step, model, tokenizer, optimizer)
+    return run.finish(steps, model, tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------------------ plumbing
+# The same in every script: read it once.
+
+
+def require(ok: bool, message: str):
+    """Ends the run with `message` unless `ok`."""
+    if not ok:
+        raise SystemExit(message)
+
+
+def check_numbers(args: "Args"):
+    """Ends the run unless counts are at least 1, other numbers at least 0, and those that divide or scale above 0."""
+    for field in dataclasses.fields(args):
+        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            count = field.type in (int, int | None) and field.name not in ("seed", "warmup_steps")
+            require(math.isfinite(value) and value >= count, f"{flag} {value}: must be at least {int(count)}")
+    for name in ("lr", "temperature", "clip_eps", "max_grad_norm", "target_kl", "kl_stop"):
+        require(getattr(args, name, None) != 0, f"--{name.replace('_', '-')} must be above 0")
+    require(args.adam_beta2 < 1, f"--adam-beta2 {args.adam_beta2}: must be below 1")
+
+
+def pick_device() -> torch.device:
+    """CUDA, else MPS, else CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def autocast(device: torch.device):
+    """bfloat16 arithmetic on CUDA, over float32 weights; float32 elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def seeded(seed: int, purpose: str, step: int) -> torch.Generator:
+    """A generator that depends on the arguments alone, so that there is no generator state to save."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {purpose} {step}".encode()))
+
+
+def draw_uniforms(seed: int, purpose: str, step: int, num_rows: int, length: int) -> Tensor:
+    """(num_rows, length) float64 in [0, 1)."""
+    return torch.rand(num_rows, length, generator=seeded(seed, purpose, step), dtype=torch.float64)
+
+
+def shuffled_indices(num_rows: int, seed: int, purpose: str, step: int, count: int) -> list[int]:
+    """The `count` rows of step 1, 2, ...: slices of an endless stream of epochs, each shuffled anew."""
+    first, indices = (step - 1) * count, []
+    for epoch in range(first // num_rows, (first + count - 1) // num_rows + 1):
+        order = torch.randperm(num_rows, generator=seeded(seed, purpose, epoch)).tolist()
+        indices += order[max(0, first - epoch * num_rows) : first + count - epoch * num_rows]
+    return indices
+
+
+def micro_batches(rows: list[tuple], max_tokens: int, pad_id: int, device: torch.device) -> Iterator[tuple]:
+    """Rows of (ids, mask, ...), lists of one length, as right-padded tensors: indices (n), ids (n, L), mask (n, L), ...
+
+    The longest rows come first; n * L is at most `max_tokens`, except that a longer row comes alone.
+    """
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+    while order:
+        width = len(rows[order[0]][0])
+        batch, order = order[: max(1, max_tokens // width)], order[max(1, max_tokens // width) :]
+        ids, *others = zip(*(rows[i] for i in batch))
+        ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in ids], device=device)
+        others = [[row + [0] * (width - len(row)) for row in column] for column in others]
+        yield batch, ids, *(torch.tensor(column, dtype=torch.float32, device=device) for column in others)
+
+
+def learning_rate(args: "Args", step: int, steps: int, peak: float) -> float:
+    """Linear warm-up to `peak` over `warmup_steps`, then the decay of `lr_schedule`, at step 1, 2, ... `steps`."""
+    if step < args.warmup_steps:
+        return peak * step / args.warmup_steps
+    left = (steps + 1 - step) / (steps + 1 - args.warmup_steps)  # 1 at the end of the warm-up, 0 after the last step
+    return peak * {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[args.lr_schedule]
+
+
+@functools.cache
+def hub_is_out_of_reach() -> bool:
+    """Asked once, because the Hub's own client goes on trying for half a minute."""
+    request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=5).close()
+    except urllib.error.HTTPError:
+        return False  # it answered
+    except OSError:
+        return True
+    return False
+
+
+def from_hub(loader, name: str, flag: str, **options):
+    """loader.from_pretrained of a local folder or Hub id. Ends the run, naming the flag, if that fails."""
+    local, hint = Path(name).is_dir(), "; `python sft.py` makes it" if name == "runs/sft" else ""
+    is_path = name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1
+    require(local or not is_path, f"{flag} {name}: there is no such folder{hint}")
+    try:
+        loaded = loader.from_pretrained(name, local_files_only=local or hub_is_out_of_reach(), **options)
+    except Exception as error:  # whatever a missing or broken file makes the libraries raise
+        raise SystemExit(f"{flag} {name} cannot be loaded: {error}") from error
+    if "output_loading_info" in options:
+        missing = sorted(loaded[1]["missing_keys"])
+        require(not missing, f"{flag} {name} lacks weights, so they would be random: {missing[:5]}")
+        return loaded[0]
+    return loaded
+
+
+def load_tokenizer(name: str, num_tokens: int):
+    """The tokenizer and the ids that end a completion: its EOS, the generation config's, the template's end of turn.
+
+    Ends the run if there is no EOS or if `num_tokens` do not fit the model's window.
+    """
+    tokenizer = from_hub(transformers.AutoTokenizer, name, "--model")
+    config = from_hub(transformers.AutoConfig, name, "--model")
+    require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no eos_token, so nothing could end")
+    window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
+    require(num_tokens <= window, f"--model {name} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths
+    try:
+        config = transformers.GenerationConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
+    except OSError:  # there is none; the model's own config stands in
+        config = config.get_text_config()
+    eos_ids = {tokenizer.eos_token_id, *torch.tensor(config.eos_token_id or []).flatten().tolist()}
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "@answer@"}]
+        tail = render(tokenizer, turns).rpartition("@answer@")[2]
+        eos_ids |= set(tokenizer.encode(tail, add_special_tokens=False)[:1]) & set(tokenizer.added_tokens_decoder)
+    return tokenizer, sorted(eos_ids)
+
+
+def load_model(name: str, device: torch.device, gradient_checkpointing: bool = False):
+    """A causal language model in float32, whatever its folder holds, without dropout."""
+    config = from_hub(transformers.AutoConfig, name, "--model")
+    for key, value in config.to_dict().items():
+        if key.endswith(("dropout", "pdrop")) and value:
+            setattr(config, key, 0.0)  # with dropout, sampling and training would see different policies
+    options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+    return prepare_model(
+        from_hub(transformers.AutoModelForCausalLM, name, "--model", **options), device, gradient_checkpointing
+    )
+
+
+def prepare_model(model, device: torch.device, gradient_checkpointing: bool):
+    """The model on `device`, ready to train. Ends the run if its logits are not those that token_logprobs computes."""
+    model = model.to(device).train()
+    for parameter in model.parameters():  # fresh, aligned memory: a resumed run then adds up the same bits
+        parameter.data = parameter.data.clone()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ids = torch.arange(8, device=device)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        logprobs, _ = token_logprobs(model, ids, (ids > 0).float())
+    same = (expected.gather(1, ids[0, 1:, None])[:, 0] - logprobs[0, 1:]).abs().max() < 1e-3
+    require(same, "--model: its logits are more than lm_head(hidden), which is all that token_logprobs knows")
+    return model
+
+
+def read_dataset(name: str, split: str, flag: str, wanted: list[str]) -> list[dict]:
+    """Rows of `arithmetic`, a local file or a Hub dataset, if they have one of the `wanted` sets of columns."""
+    if name == "arithmetic":
+        return arithmetic_rows(split, 20_000 if split == "train" else 2_000)
+    formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    file_format = formats.get(Path(name.removesuffix(".gz")).suffix)
+    require(not file_format or Path(name).is_file(), f"{flag} {name}: there is no such file")
+    try:
+        if not file_format:
+            hub_name, config, chosen = (*name.split(":"), "", "")[:3]
+            datasets.config.HF_HUB_OFFLINE = hub_is_out_of_reach()
+            rows = list(datasets.load_dataset(hub_name, config or None, split=chosen or split))
+        else:
+            empty = Path(name).stat().st_size == 0
+            rows = [] if empty else list(datasets.load_dataset(file_format, data_files=name, split="train"))
+    except Exception as error:  # whatever a missing or broken dataset makes the library raise
+        raise SystemExit(f"{flag} {name} cannot be read: {error}") from error
+    require(len(rows) > 0, f"{flag} {name} holds no rows")
+    found = any(set(columns.split("+")) <= set(rows[0]) for columns in wanted)
+    require(found, f"{flag} {name} has the columns {', '.join(rows[0])}; this script needs {' or '.join(wanted)}")
+    return rows
+
+
+def load_data(args: "Args", wanted: list[str]) -> tuple[list[dict], list[dict]]:
+    """Training and evaluation rows: `eval_dataset`, else the Hub's test or validation split, else the last rows."""
+    rows, held_out = read_dataset(args.dataset, "train", "--dataset", wanted), []
+    if args.eval_dataset or args.dataset == "arithmetic":
+        held_out = read_dataset(args.eval_dataset or args.dataset, "test", "--eval-dataset", wanted)
+    elif not Path(args.dataset).is_file():
+        hub_name, config, chosen = (*args.dataset.split(":"), "", "")[:3]
+        names = datasets.get_dataset_split_names(hub_name, config or None)
+        for split in [name for name in ("test", "validation") if name in names and not chosen.startswith(name)][:1]:
+            held_out = read_dataset(f"{hub_name}:{config}:{split}", split, "--eval-dataset", wanted)
+    if not held_out:
+        require(args.eval_size < len(rows), f"--eval-size {args.eval_size} leaves no row of {len(rows)} to train on")
+        rows, held_out = rows[: -args.eval_size], rows[-args.eval_size :]
+    return rows, held_out[: args.eval_size]
+
+
+def encode_rows(encode: Callable, rows: list[dict], max_length: int, flag: str) -> tuple[list[dict], list]:
+    """The rows that are not too long, and what `encode` makes of each: ids, or (ids, mask)."""
+    kept, encoded, clock = [], [], time.perf_counter()
+    for i, row in enumerate(rows):
+        try:
+            item = encode(row)
+        except Exception as error:  # a chat template may raise anything
+            raise SystemExit(f"row {i} cannot be encoded: {error}; the row is {row}") from error
+        if len(item[0] if isinstance(item, tuple) else item) <= max_length:
+            kept.append(row)
+            encoded.append(item)
+        if time.perf_counter() - clock > 5:
+            clock = time.perf_counter()
+            print(f"encoded {i:,} of {len(rows):,} rows", flush=True)
+    require(len(kept) > 0, f"all {len(rows)} rows are longer than {flag} {max_length} (tokens): raise it")
+    if len(kept) < len(rows):
+        print(f"dropped {len(rows) - len(kept):,} of {len(rows):,} rows: longer than {flag} {max_length} (tokens)")
+    return kept, encoded
+
+
+class Means:
+    """Sums and counts over all micro-batches, divided only at the end; a name that ends in _max keeps the largest."""
+
+    def __init__(self):
+        self.sums, self.counts = {}, {}
+
+    def add(self, name: str, values, mask: Tensor | float = 1.0):
+        """values: a number or a tensor; with a mask of its shape, only where that is 1."""
+        values = torch.as_tensor(values).detach().double()
+        total, count = (values * mask).sum().item(), (torch.ones_like(values) * mask).sum().item()
+        if name.endswith("_max"):
+            total, count = max(values.max().item(), self.sums.get(name, 0.0)), 1.0
+            self.sums[name] = self.counts[name] = 0.0
+        self.sums[name], self.counts[name] = self.sums.get(name, 0.0) + total, self.counts.get(name, 0.0) + count
+
+    def result(self) -> dict[str, float]:
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
+
+class Run:
+    """The output folder: args.json, metrics.jsonl, samples.jsonl, checkpoints/step-N, and the final model.
+
+    Whatever is more than a line is written beside its place and renamed: a kill leaves what --resume goes on from.
+    """
+
+    free = ("resume", "overwrite", "track", "wandb_project", "sample_every", "save_every", "save_dtype", "out")
+    files = "metrics.jsonl samples.jsonl checkpoints wandb config.json generation_config.json model*.safetensors*"
+    files += " tokenizer* special_tokens_map.json added_tokens.json chat_template* vocab* merges.txt args.json"
+
+    def __init__(self, args: "Args"):
+        """Decides between a new run and a resumed one and refuses what would lose something. Writes nothing."""
+        self.args, self.out, self.last, self.checked, self.clock = args, Path(args.out), {}, False, time.perf_counter()
+        self.step = self.first = self.skipped = self.skipped_in_a_row = self.signal = 0
+        self.checkpoint, self.wandb, self.record = None, None, {}
+        for folder in (args.model, getattr(args, "reference", None), *getattr(args, "reward", ())):
+            same = folder is not None and Path(folder).resolve() == self.out.resolve()
+            require(not same, f"--out {self.out} is a folder that this run reads: choose another --out")
+        require(not (args.resume and args.overwrite), "--resume goes on from a run, --overwrite removes it: give one")
+        saved = self.out / "args.json"
+        held = [name for name in ("config.json", "checkpoints") if (self.out / name).exists()]
+        require(saved.exists() or not held, f"--out {self.out} holds {held} but no run of ours: choose another --out")
+        free_to_go = not saved.exists() or args.resume or args.overwrite
+        require(free_to_go, f"--out {self.out} holds a run: go on with --resume, or start anew with --overwrite")
+        if saved.exists() and args.resume:
+            self.record = json.loads(saved.read_text())
+            for name, value in jsonable(args).items():
+                old = self.record["args"].get(name)
+                free = name in self.free or (name in ("steps", "epochs") and args.lr_schedule == "constant")
+                flag = "--" + name.replace("_", "-")
+                require(free or value == old, f"--resume: {flag} was {old!r}; {value!r} would change the result")
+            for folder in (self.out / "checkpoints").glob("step-*[0-9]"):
+                if int(folder.name.removeprefix("step-")) > self.step:
+                    self.step, self.checkpoint = int(folder.name.removeprefix("step-")), str(folder)
+
+    def finished(self, steps: int) -> bool:
+        """Whether there is nothing left to do; says so."""
+        if self.record.get("finished") == steps:
+            print(f"{self.out}: this run is finished")
+        return self.record.get("finished") == steps
+
+    def start(self, optimizer: torch.optim.Optimizer, **resolved):
+        """Makes the folder or, resuming, restores the optimizer and cuts the logs back to the checkpoint's step."""
+        if self.checkpoint:
+            try:
+                state = torch.load(Path(self.checkpoint) / "state.pt", weights_only=True)
+                optimizer.load_state_dict(state["optimizer"])
+                self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+            except Exception as error:  # whatever a broken file makes torch raise
+                raise SystemExit(f"--resume: {self.checkpoint} cannot be loaded: {error}") from error
+        if self.args.overwrite:
+            for path in [path for pattern in self.files.split() for path in self.out.glob(pattern)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.out.mkdir(parents=True, exist_ok=True)
+        for path in (self.out / "checkpoints").glob("*.tmp"):
+            shutil.rmtree(path)
+        for name in ("samples.jsonl", "metrics.jsonl"):
+            text = (self.out / name).read_text() if self.checkpoint and (self.out / name).exists() else ""
+            rows = [json.loads(line) for line in text.split("\n")[:-1]]  # a kill may have torn what follows the last \n
+            rows = [row for row in rows if row["step"] <= self.step]
+            write_beside(self.out / name, "".join(json.dumps(row) + "\n" for row in rows))
+            self.last = rows[-1] if rows else {}
+        if self.args.resume:
+            print(f"resuming {self.out} from step {self.step}")
+        if self.args.track:
+            import wandb
+
+            self.record.setdefault("wandb_id", wandb.util.generate_id())
+            options = {"id": self.record["wandb_id"], "resume": "allow", "dir": self.out, "name": self.out.name}
+            self.wandb = wandb.init(project=self.args.wandb_project, config=jsonable(self.args) | resolved, **options)
+        self.record |= {"args": jsonable(self.args), "resolved": resolved}
+        write_beside(self.out / "args.json", json.dumps(self.record, indent=2))
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self.on_signal)
+        self.first, self.clock = self.step, time.perf_counter()
+
+    def on_signal(self, number: int, frame):
+        """The first signal lets the step finish and be saved; a second one stops at once."""
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("stopping after this step; once more to stop at once", flush=True)
+
+    def check_first_batch(self, tokenizer, ids: Tensor, mask: Tensor, gap: Tensor | None, means: Means):
+        """Shows what is trained. Ends the run if sampling and training log-probabilities differ by `gap` (n, L)."""
+        self.checked, actions, text = True, mask.bool(), ""
+        end = int(actions[0].nonzero()[-1]) + 1
+        for trained, tokens in itertools.groupby(range(end), key=actions[0].tolist().__getitem__):
+            piece = tokenizer.decode(ids[0, list(tokens)])
+            text += f"«{piece}»" if trained else piece
+        num_bos = 0 if tokenizer.bos_token_id is None else int((ids[0, :end] == tokenizer.bos_token_id).sum())
+        num_eos = int((actions & (ids == tokenizer.eos_token_id)).sum())
+        print(f"first row, trained tokens in «», BOS {num_bos} times:\n{text}")
+        counts = f"{ids.numel()} tokens with padding, {int(actions.sum())} trained, {num_eos} of them EOS"
+        print(f"first micro-batch: {len(ids)} rows, {counts}")
+        if gap is not None:
+            mean, largest = masked_mean(gap.abs(), mask).item(), (gap.abs() * mask).max().item()
+            kl = means.result().get("kl_ref_seq", 0.0)
+            print(
+                f"|sampling - training log-probability|: mean {mean:.1e}, max {largest:.1e}; KL to reference {kl:.1e}"
+            )
+            exact = largest < 1e-3 or ids.device.type == "cuda"
+            require(
+                exact, "sampling and training log-probabilities differ: cached decoding is not exact for this model"
+            )
+            if mean > 0.02:
+                print("warning: sampling and training log-probabilities differ by more than 0.02 on average")
+
+    def update(self, model, optimizer: torch.optim.Optimizer, loss: float, lr: float) -> float:
+        """Clips the gradient, steps and clears it; returns its norm. Skips what is not finite, and ends after ten."""
+        for parameter in model.parameters():
+            if parameter.grad is None:  # no row had a signal: Adam's momentum still acts
+                parameter.grad = torch.zeros_like(parameter)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm).item()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizer.step()
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            print(f"update skipped: loss {loss}, gradient norm {norm}", flush=True)
+            require(self.skipped_in_a_row < 10, "ten updates in a row were not finite: lower --lr, or look at the data")
+        optimizer.zero_grad()
+        return norm
+
+    def log(self, step: int, steps: int, metrics: dict, samples: list[dict] = (), shown: str = ""):
+        """A row in metrics.jsonl, the samples in samples.jsonl, and a line on screen with the `shown` metrics."""
+        self.last = {"step": step, **metrics, "skipped_updates": self.skipped}
+        for name, rows in (("samples", [{"step": step, **sample} for sample in samples]), ("metrics", [self.last])):
+            with open(self.out / f"{name}.jsonl", "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        if step > self.first:
+            left = (time.perf_counter() - self.clock) / (step - self.first) * (steps - step)
+            text = "  ".join(f"{name} {metrics[name]:.4g}" for name in shown.split() if name in metrics)
+            speed = f"{metrics['time/tokens_per_s']:,.0f} tokens/s"
+            print(f"step {step}/{steps}  {text}  {speed}  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+        text = "  ".join(f"{name[5:]} {value:.4g}" for name, value in metrics.items() if name.startswith("eval/"))
+        if text:
+            print(f"evaluation at step {step}:  {text}", flush=True)
+        if self.wandb:
+            import wandb
+
+            table = wandb.Table(list(samples[0]), [[str(x) for x in s.values()] for s in samples]) if samples else None
+            self.wandb.log(self.last | ({"samples": table} if table else {}), step=step)
+
+    def save(self, step: int, model, tokenizer, optimizer: torch.optim.Optimizer):
+        """checkpoints/step-N, the last two kept: a model folder with the optimizer's state. Exits if a signal came."""
+        folder = self.out / "checkpoints" / f"step-{step}"
+        beside = folder.with_suffix(".tmp")
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        counts = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        torch.save({"optimizer": optimizer.state_dict(), **counts}, beside / "state.pt")
+        beside.rename(folder)
+        for old in sorted(folder.parent.glob("step-*[0-9]"), key=lambda p: int(p.name.removeprefix("step-")))[:-2]:
+            shutil.rmtree(old.rename(old.with_suffix(".tmp")))
+        if self.signal:
+            print(f"stopped at step {step}: go on with --resume", flush=True)
+            raise SystemExit(128 + self.signal)
+
+    def finish(self, steps: int, model, tokenizer) -> dict[str, float]:
+        """Writes the final model to `out`, config.json last, and returns the final metrics."""
+        beside = self.out / "checkpoints" / "final.tmp"
+        model.to(getattr(torch, self.args.save_dtype)).save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
+            path.replace(self.out / path.name)
+        beside.rmdir()
+        write_beside(self.out / "args.json", json.dumps(self.record | {"finished": steps}, indent=2))
+        if self.wandb:
+            self.wandb.finish()
+        print(f"wrote {self.out}")
+        return self.summary()
+
+    def summary(self) -> dict[str, float]:
+        """The last row of metrics.jsonl, and the first evaluation as before/..."""
+        rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        before = {
+            name.replace("eval/", "before/"): value for name, value in rows[0].items() if name.startswith("eval/")
+        }
+        return before | rows[-1]
+
+
+def jsonable(args: "Args") -> dict:
+    """The settings as JSON gives them back."""
+    return json.loads(json.dumps(vars(args)))
+
+
+def write_beside(path: Path, text: str):
+    """Writes a file so that a kill leaves the old one or the new one, never a part."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
