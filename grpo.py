@@ -363,6 +363,8 @@ def load_reward(spec: str, args: "Args", device: torch.device) -> Callable[[list
     path, _, name = spec.rpartition(":")
     if spec in ("exact", "format"):
         return exact_reward if spec == "exact" else format_reward
+    known = path.endswith(".py") or Path(spec).is_dir() or ("/" in spec and not spec.endswith(".py"))
+    require(known, f"--reward {spec} is neither exact, format, a model's folder or Hub id, nor file.py:function")
     if not path.endswith(".py"):
         return RewardModel(spec, args.system_prompt, device, args.micro_batch_tokens)
     require(Path(path).is_file(), f"--reward {spec}: there is no file {path}")
@@ -590,7 +592,7 @@ def evaluate(policy, tokenizer, rows, prompts, score, args, eos_ids) -> dict[str
 def main(args: Args) -> dict[str, float]:
     """Trains, and returns the last row of metrics.jsonl beside the first evaluation (before/...)."""
     run, device = Run(args), pick_device()
-    steps, num_sequences = args.steps or 150, args.prompts_per_step * args.group_size  # N
+    steps, B, G = args.steps or 150, args.prompts_per_step, args.group_size
     if run.finished(steps):
         return run.summary()
     wanted = ["prompt+answer", "question+answer"] if "exact" in args.reward else ["prompt", "question"]
@@ -600,11 +602,10 @@ def main(args: Args) -> dict[str, float]:
     encode = functools.partial(encode_prompt, tokenizer, system_prompt=args.system_prompt)
     train_rows, train_prompts = encode_rows(encode, train_rows, limit, flag)
     eval_rows, eval_prompts = encode_rows(encode, eval_rows, limit, flag)
-    require(len(train_rows) >= args.prompts_per_step, f"--prompts-per-step: there are only {len(train_rows)} prompts")
+    require(len(train_rows) >= B, f"--prompts-per-step {B}: there are only {len(train_rows)} prompts")
     if args.sft_coef:
-        sft_rows = read_dataset(
-            args.sft_dataset, "train", "--sft-dataset", ["messages", "prompt+completion", "question+answer"]
-        )
+        wanted = ["messages", "prompt+completion", "question+answer"]
+        sft_rows = read_dataset(args.sft_dataset, "train", "--sft-dataset", wanted)
         encode = functools.partial(encode_row, tokenizer, system_prompt=args.system_prompt, eos_ids=eos_ids)
         sft_data = encode_rows(encode, sft_rows, limit + args.max_new_tokens, flag)[1]
     functions = {name: load_reward(name, args, device) for name in args.reward}
@@ -627,70 +628,70 @@ def main(args: Args) -> dict[str, float]:
         if args.kl_stop and run.last.get("kl_ref_seq", 0.0) > args.kl_stop:
             print(f"stopped: kl_ref_seq {run.last['kl_ref_seq']:.2f} has passed --kl-stop {args.kl_stop}")
             break
-        # (1) rollout: the completions of a prompt are neighbours, n = b * group_size + g
+        # (1) rollout: the completions of a prompt are neighbours, n = b * G + g
         clock, means, lr = time.perf_counter(), Means(), learning_rate(args, step, steps, peak_lr)
-        chosen = shuffled_indices(len(train_rows), args.seed, "prompts", step, args.prompts_per_step)
-        uniforms = draw_uniforms(args.seed, "rollout", step, num_sequences, args.max_new_tokens)
-        prompts = [train_prompts[i] for i in chosen]  # (B,)
-        rolled = rollout(policy, prompts, args.group_size, args.temperature, eos_ids, uniforms, args.rollout_batch_size)
-        completions, sampling_logprobs = rolled  # (N,) lists each
+        chosen = shuffled_indices(len(train_rows), args.seed, "prompts", step, B)
+        uniforms = draw_uniforms(args.seed, "rollout", step, B * G, args.max_new_tokens)
+        batch_size, prompts = args.rollout_batch_size, [train_prompts[i] for i in chosen]  # (B,)
+        completions, sampling = rollout(
+            policy, prompts, G, args.temperature, eos_ids, uniforms, batch_size
+        )  # (N,) each
         rollout_seconds = time.perf_counter() - clock
 
         # (2) rewards
-        rows = [train_rows[i] for i in chosen for _ in range(args.group_size)]
+        rows = [train_rows[i] for i in chosen for _ in range(G)]
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         rewards, by_name = score([prompt_of(row) for row in rows], texts, rows)  # (N,)
         truncated = torch.tensor([float(completion[-1] not in eos_ids) for completion in completions])  # (N,)
         rewards = rewards - args.missing_eos_penalty * truncated
 
         # (3) advantages
-        advantages = group_advantages(rewards, args.group_size)  # (N,)
+        advantages = group_advantages(rewards, G)  # (N,)
 
         # (4) loss: a row of advantage 0 has gradient 0 and is not computed, unless KL or entropy act on it too
         act_on_all = reference is not None or args.entropy_coef > 0
-        trained = [n for n in range(num_sequences) if act_on_all or advantages[n] != 0]
+        trained = [n for n in range(B * G) if act_on_all or advantages[n] != 0]
         data = []  # ids, mask and sampling log-probabilities of each row
         for n in trained:
-            prompt, completion = prompts[n // args.group_size], completions[n]
-            before = [0] * len(prompt)
-            data.append((prompt + completion, before + [1] * len(completion), before + sampling_logprobs[n]))
+            prompt, before = prompts[n // G], [0] * len(prompts[n // G])
+            data.append((prompt + completions[n], before + [1] * len(completions[n]), before + sampling[n]))
         batches = list(micro_batches(data, args.micro_batch_tokens, tokenizer.pad_token_id, device))
-        old_logprobs, ref_logprobs = [], []  # one (n, L) for each micro-batch
-        for _, ids, mask, _ in batches:
+        old_logprobs, ref_logprobs = [], [None] * len(batches)  # (n, L) for each micro-batch
+        if reference is not None:
             with torch.no_grad(), autocast(device):
-                ref_logprobs.append(
-                    token_logprobs(reference, ids, mask, args.temperature)[0] if reference is not None else None
-                )
+                ref_logprobs = [
+                    token_logprobs(reference, ids, mask, args.temperature)[0] for _, ids, mask, _ in batches
+                ]
         sft_batches, sft_tokens = [], 0
         if args.sft_coef:
-            sft_rows = [sft_data[i] for i in shuffled_indices(len(sft_data), args.seed, "sft", step, len(prompts))]
+            sft_rows = [sft_data[i] for i in shuffled_indices(len(sft_data), args.seed, "sft", step, B)]
             sft_batches = list(micro_batches(sft_rows, args.micro_batch_tokens, tokenizer.pad_token_id, device))
             sft_tokens = sum(sum(mask) for _, mask in sft_rows)
         for epoch in range(args.num_epochs):
             loss_sum, drift = 0.0, Means()
-            for k, (batch, ids, mask, sampled) in enumerate(batches):
+            for k, (batch, ids, mask, sampling_logprobs) in enumerate(batches):
                 with autocast(device):
                     logprobs, entropy = token_logprobs(policy, ids, mask, args.temperature)  # (n, L)
-                if epoch == 0:  # the policy is still the one that sampled
+                gap, ref = logprobs.detach() - sampling_logprobs, ref_logprobs[k]
+                if epoch == 0:  # the policy is still the one that sampled: these are the old log-probabilities
                     old_logprobs.append(logprobs.detach())
                     means.add("entropy", entropy, mask)
-                    means.add("sampling_gap_mean", (logprobs - sampled).abs(), mask)
-                    means.add("sampling_gap_max", ((logprobs - sampled).abs() * mask).max())
+                    means.add("sampling_gap_mean", gap.abs(), mask)
+                    means.add("sampling_gap_max", gap.abs() * mask)
                 if epoch == 0 and reference is not None:
-                    means.add("kl_ref_k1", logprobs - ref_logprobs[k], mask)
-                    means.add("kl_ref_k3", kl_k3(logprobs, ref_logprobs[k]), mask)
-                    means.add("kl_ref_seq", ((logprobs - ref_logprobs[k]) * mask).sum(1))
-                drift.add("clip_frac", ((logprobs - old_logprobs[k]).exp() - 1).abs() > args.clip_eps, mask)
-                drift.add("approx_kl_old", kl_k3(old_logprobs[k], logprobs), mask)
-                advantage = advantages[[trained[i] for i in batch]].to(device)  # (n,)
-                old, ref, n = old_logprobs[k], ref_logprobs[k], num_sequences
-                loss = grpo_loss(logprobs, old, ref, advantage, mask, args.clip_eps, args.kl_coef, n)
+                    means.add("kl_ref_k1", logprobs - ref, mask)
+                    means.add("kl_ref_k3", kl_k3(logprobs, ref), mask)
+                    means.add("kl_ref_seq", ((logprobs - ref) * mask).sum(1))
+                old, advantage = old_logprobs[k], advantages[[trained[i] for i in batch]].to(device)  # (n, L), (n,)
+                drift.add("clip_frac", ((logprobs - old).exp() - 1).abs() > args.clip_eps, mask)
+                drift.add("approx_kl_old", kl_k3(old, logprobs), mask)
+                loss = grpo_loss(logprobs, old, ref, advantage, mask, args.clip_eps, args.kl_coef, B * G)
                 if args.entropy_coef:  # averaged like the objective
-                    loss = loss - args.entropy_coef * ((entropy * mask).sum(1) / mask.sum(1)).sum() / num_sequences
+                    loss = loss - args.entropy_coef * ((entropy * mask).sum(1) / mask.sum(1)).sum() / (B * G)
                 loss.backward()
                 loss_sum += loss.item()
                 if not run.checked:
-                    run.check_first_batch(tokenizer, ids, mask, logprobs.detach() - sampled, means)
+                    run.check_first_batch(tokenizer, ids, mask, gap, means)
             for _, ids, mask in sft_batches:
                 with autocast(device):
                     logprobs, _ = token_logprobs(policy, ids, mask)
@@ -711,21 +712,19 @@ def main(args: Args) -> dict[str, float]:
         metrics = {
             "reward": rewards.mean().item(), "reward_std": rewards.std().item(),
             **{f"reward/{name}": values.mean().item() for name, values in by_name.items()},
-            "frac_zero_std": (advantages.view(-1, args.group_size) == 0).all(1).float().mean().item(),
-            "adv_abs_mean": advantages.abs().mean().item(), "frac_trained": len(trained) / num_sequences,
-            "completion_length": sum(map(len, completions)) / num_sequences, "truncated_frac": truncated.mean().item(),
+            "frac_zero_std": (advantages.view(B, G) == 0).all(1).float().mean().item(),
+            "adv_abs_mean": advantages.abs().mean().item(), "frac_trained": len(trained) / (B * G),
+            "completion_length": sum(map(len, completions)) / (B * G), "truncated_frac": truncated.mean().item(),
             **means.result(), **drift.result(), "lr": lr, "time/rollout_s": rollout_seconds, "time/step_s": seconds,
-            "time/tokens_per_s": (sum(map(len, prompts)) * args.group_size + sum(map(len, completions))) / seconds,
+            "time/tokens_per_s": (G * sum(map(len, prompts)) + sum(map(len, completions))) / seconds,
         }  # fmt: skip
-        over = bool(args.kl_stop and metrics["kl_ref_seq"] > args.kl_stop)
-        if over or step == steps or step % args.eval_every == 0:
+        last = step == steps or bool(args.kl_stop and metrics["kl_ref_seq"] > args.kl_stop)
+        if last or step % args.eval_every == 0:
             metrics |= evaluate(*evaluation)
-        shown = [
-            {"prompt": prompt_of(rows[n]), "completion": texts[n], "reward": rewards[n].item()}
-            for n in range(args.group_size if step % args.sample_every == 0 else 0)
-        ]
-        run.log(step, steps, metrics, shown, "reward frac_zero_std kl_ref_seq entropy completion_length grad_norm")
-        if over or step == steps or run.signal or step % args.save_every == 0:
+        samples = [dict(prompt=prompt_of(rows[n]), completion=texts[n], reward=rewards[n].item()) for n in range(G)]
+        samples = samples if step % args.sample_every == 0 else []
+        run.log(step, steps, metrics, samples, "reward frac_zero_std kl_ref_seq entropy completion_length grad_norm")
+        if last or run.signal or step % args.save_every == 0:
             run.save(step, policy, tokenizer, optimizer)
     return run.finish(steps, policy, tokenizer)
 
@@ -846,7 +845,9 @@ def load_tokenizer(name: str, num_tokens: int):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths
     try:
-        config = transformers.GenerationConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
+        config = transformers.GenerationConfig.from_pretrained(
+            name, local_files_only=Path(name).is_dir() or hub_is_out_of_reach()
+        )
     except OSError:  # there is none; the model's own config stands in
         config = config.get_text_config()
     eos_ids = {tokenizer.eos_token_id, *torch.tensor(config.eos_token_id or []).flatten().tolist()}
@@ -864,9 +865,8 @@ def load_model(name: str, device: torch.device, gradient_checkpointing: bool = F
         if key.endswith(("dropout", "pdrop")) and value:
             setattr(config, key, 0.0)  # with dropout, sampling and training would see different policies
     options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
-    return prepare_model(
-        from_hub(transformers.AutoModelForCausalLM, name, "--model", **options), device, gradient_checkpointing
-    )
+    model = from_hub(transformers.AutoModelForCausalLM, name, "--model", **options)
+    return prepare_model(model, device, gradient_checkpointing)
 
 
 def prepare_model(model, device: torch.device, gradient_checkpointing: bool):
@@ -952,12 +952,12 @@ class Means:
 
     def add(self, name: str, values, mask: Tensor | float = 1.0):
         """values: a number or a tensor; with a mask of its shape, only where that is 1."""
-        values = torch.as_tensor(values).detach().double()
+        values = torch.as_tensor(values).detach().float()
         total, count = (values * mask).sum().item(), (torch.ones_like(values) * mask).sum().item()
         if name.endswith("_max"):
-            total, count = max(values.max().item(), self.sums.get(name, 0.0)), 1.0
-            self.sums[name] = self.counts[name] = 0.0
-        self.sums[name], self.counts[name] = self.sums.get(name, 0.0) + total, self.counts.get(name, 0.0) + count
+            self.sums[name], self.counts[name] = max(values.max().item(), self.sums.get(name, -math.inf)), 1.0
+        else:
+            self.sums[name], self.counts[name] = self.sums.get(name, 0.0) + total, self.counts.get(name, 0.0) + count
 
     def result(self) -> dict[str, float]:
         return {name: total / self.counts[name] for name, total in self.sums.items()}
@@ -1061,13 +1061,11 @@ class Run:
         print(f"first micro-batch: {len(ids)} rows, {counts}")
         if gap is not None:
             mean, largest = masked_mean(gap.abs(), mask).item(), (gap.abs() * mask).max().item()
-            kl = means.result().get("kl_ref_seq", 0.0)
-            print(
-                f"|sampling - training log-probability|: mean {mean:.1e}, max {largest:.1e}; KL to reference {kl:.1e}"
-            )
+            print(f"KL to the reference {means.result().get('kl_ref_seq', 0.0):.1e} per completion")
+            print(f"|sampling - training log-probability|: mean {mean:.1e}, max {largest:.1e}")
             exact = largest < 1e-3 or ids.device.type == "cuda"
             require(
-                exact, "sampling and training log-probabilities differ: cached decoding is not exact for this model"
+                exact, "sampling and training disagree by more than 1e-3: this model's cached decoding is not exact"
             )
             if mean > 0.02:
                 print("warning: sampling and training log-probabilities differ by more than 0.02 on average")
@@ -1096,7 +1094,9 @@ class Run:
         for name, rows in (("samples", [{"step": step, **sample} for sample in samples]), ("metrics", [self.last])):
             with open(self.out / f"{name}.jsonl", "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-        if step > self.first:
+        if step == self.first:  # the first evaluation says nothing of the time that a step takes
+            self.clock = time.perf_counter()
+        else:
             left = (time.perf_counter() - self.clock) / (step - self.first) * (steps - step)
             text = "  ".join(f"{name} {metrics[name]:.4g}" for name in shown.split() if name in metrics)
             speed = f"{metrics['time/tokens_per_s']:,.0f} tokens/s"
@@ -1142,10 +1142,8 @@ class Run:
     def summary(self) -> dict[str, float]:
         """The last row of metrics.jsonl, and the first evaluation as before/..."""
         rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        before = {
-            name.replace("eval/", "before/"): value for name, value in rows[0].items() if name.startswith("eval/")
-        }
-        return before | rows[-1]
+        before = {name: value for name, value in rows[0].items() if name.startswith("eval/")}
+        return {name.replace("eval/", "before/"): value for name, value in before.items()} | rows[-1]
 
 
 def jsonable(args: "Args") -> dict:

@@ -634,7 +634,9 @@ def load_tokenizer(name: str, num_tokens: int):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths
     try:
-        config = transformers.GenerationConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
+        config = transformers.GenerationConfig.from_pretrained(
+            name, local_files_only=Path(name).is_dir() or hub_is_out_of_reach()
+        )
     except OSError:  # there is none; the model's own config stands in
         config = config.get_text_config()
     eos_ids = {tokenizer.eos_token_id, *torch.tensor(config.eos_token_id or []).flatten().tolist()}
@@ -652,9 +654,8 @@ def load_model(name: str, device: torch.device, gradient_checkpointing: bool = F
         if key.endswith(("dropout", "pdrop")) and value:
             setattr(config, key, 0.0)  # with dropout, sampling and training would see different policies
     options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
-    return prepare_model(
-        from_hub(transformers.AutoModelForCausalLM, name, "--model", **options), device, gradient_checkpointing
-    )
+    model = from_hub(transformers.AutoModelForCausalLM, name, "--model", **options)
+    return prepare_model(model, device, gradient_checkpointing)
 
 
 def prepare_model(model, device: torch.device, gradient_checkpointing: bool):
@@ -740,12 +741,12 @@ class Means:
 
     def add(self, name: str, values, mask: Tensor | float = 1.0):
         """values: a number or a tensor; with a mask of its shape, only where that is 1."""
-        values = torch.as_tensor(values).detach().double()
+        values = torch.as_tensor(values).detach().float()
         total, count = (values * mask).sum().item(), (torch.ones_like(values) * mask).sum().item()
         if name.endswith("_max"):
-            total, count = max(values.max().item(), self.sums.get(name, 0.0)), 1.0
-            self.sums[name] = self.counts[name] = 0.0
-        self.sums[name], self.counts[name] = self.sums.get(name, 0.0) + total, self.counts.get(name, 0.0) + count
+            self.sums[name], self.counts[name] = max(values.max().item(), self.sums.get(name, -math.inf)), 1.0
+        else:
+            self.sums[name], self.counts[name] = self.sums.get(name, 0.0) + total, self.counts.get(name, 0.0) + count
 
     def result(self) -> dict[str, float]:
         return {name: total / self.counts[name] for name, total in self.sums.items()}
@@ -849,13 +850,11 @@ class Run:
         print(f"first micro-batch: {len(ids)} rows, {counts}")
         if gap is not None:
             mean, largest = masked_mean(gap.abs(), mask).item(), (gap.abs() * mask).max().item()
-            kl = means.result().get("kl_ref_seq", 0.0)
-            print(
-                f"|sampling - training log-probability|: mean {mean:.1e}, max {largest:.1e}; KL to reference {kl:.1e}"
-            )
+            print(f"KL to the reference {means.result().get('kl_ref_seq', 0.0):.1e} per completion")
+            print(f"|sampling - training log-probability|: mean {mean:.1e}, max {largest:.1e}")
             exact = largest < 1e-3 or ids.device.type == "cuda"
             require(
-                exact, "sampling and training log-probabilities differ: cached decoding is not exact for this model"
+                exact, "sampling and training disagree by more than 1e-3: this model's cached decoding is not exact"
             )
             if mean > 0.02:
                 print("warning: sampling and training log-probabilities differ by more than 0.02 on average")
@@ -884,7 +883,9 @@ class Run:
         for name, rows in (("samples", [{"step": step, **sample} for sample in samples]), ("metrics", [self.last])):
             with open(self.out / f"{name}.jsonl", "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-        if step > self.first:
+        if step == self.first:  # the first evaluation says nothing of the time that a step takes
+            self.clock = time.perf_counter()
+        else:
             left = (time.perf_counter() - self.clock) / (step - self.first) * (steps - step)
             text = "  ".join(f"{name} {metrics[name]:.4g}" for name in shown.split() if name in metrics)
             speed = f"{metrics['time/tokens_per_s']:,.0f} tokens/s"
@@ -930,10 +931,8 @@ class Run:
     def summary(self) -> dict[str, float]:
         """The last row of metrics.jsonl, and the first evaluation as before/..."""
         rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        before = {
-            name.replace("eval/", "before/"): value for name, value in rows[0].items() if name.startswith("eval/")
-        }
-        return before | rows[-1]
+        before = {name: value for name, value in rows[0].items() if name.startswith("eval/")}
+        return {name.replace("eval/", "before/"): value for name, value in before.items()} | rows[-1]
 
 
 def jsonable(args: "Args") -> dict:

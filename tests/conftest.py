@@ -1,4 +1,4 @@
-"""Fixtures that several test files share. One SFT model is trained per session; every run is shrunken and on the CPU."""
+"""Fixtures that several test files share. One SFT model is trained per session; runs are shrunken and on the CPU."""
 
 import os
 
@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import sft
+import sft  # noqa: E402
 
 
 @pytest.fixture(scope="session")
