@@ -18,8 +18,8 @@ Each step:  (1) rollout: `prompts_per_step` prompts, `group_size` samples each, 
             (4) `num_epochs` times: loss and gradient over token-budget micro-batches      (5) update
 
 Signal: one verifiable or learned reward per completion, spread evenly over its tokens.
-KL: k3 per token inside the loss. Its value estimates KL(policy || reference) without bias, but its gradient is that of
-    KL(reference || policy). The reference is the policy as it was loaded.
+KL: k3 per token inside the loss. Over the policy's own samples its value estimates KL(policy || reference) without
+    bias, but its gradient is that of KL(reference || policy). The reference is the policy as it was loaded.
 Mask and normaliser: EOS is an action; each sequence is averaged over its own length, then over the sequences of the
     whole step. Short completions therefore weigh more per token; a token mean is another algorithm.
 Truncation: a completion cut at `max_new_tokens` keeps its reward, less `missing_eos_penalty`.
@@ -30,11 +30,11 @@ Run:  python sft.py && python grpo.py                                       a la
 
 Metrics (metrics.jsonl), and what healthy looks like:
   loss                    near 0 by construction (ratio 1, advantages sum to 0): watch reward and grad_norm instead
-  reward, reward_std, reward/NAME    mean and spread of the step's rewards; std -> 0 means nothing left to learn from
+  reward, reward_std, reward/NAME    after `missing_eos_penalty`, and by name; std -> 0: nothing left to learn from
   frac_zero_std           groups without signal (all right or all wrong); above 0.8 the prompts are too easy or too hard
   adv_abs_mean, grad_norm, lr, frac_trained    0 for the first two: no signal; share of completions that were computed
   kl_ref_k1, kl_ref_k3    KL to the reference per token; kl_ref_seq: per completion, healthy below 10 to 15
-  approx_kl_old, clip_frac           policy against the policy that sampled; only with num_epochs > 1; clip_frac < 0.3
+  approx_kl_old, clip_frac           the policy in the step's last epoch against the one that sampled; clip_frac < 0.3
   entropy                 of the distribution at `temperature`, over the completions trained; a steady fall is collapse
   completion_length, truncated_frac  tokens, EOS included; share cut at `max_new_tokens`
   sampling_gap_max, sampling_gap_mean    |sampling - training log-probability|: below 1e-3 in float32
@@ -46,13 +46,13 @@ Index t of every (N, L) tensor speaks of the decision to emit token t (read from
 
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import json
 import math
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import threading
@@ -115,7 +115,7 @@ class Args:
     clip_eps: float = 0.2
     """Half-width of the band in which the probability ratio is not clipped."""
     kl_coef: float = 0.04
-    """Weight of the KL to the reference; at 0 no reference is loaded."""  # paper: 0.04
+    """Weight of the KL to the reference; at 0 none is loaded, unless `kl_stop` asks for it."""  # paper: 0.04
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     missing_eos_penalty: float = 0.0
@@ -133,7 +133,7 @@ class Args:
     lr: float | None = None
     """Peak learning rate; default: one that suits the size of the model, printed and logged."""  # paper: 1e-6
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay of the learning rate to 0 at the last step, after the warm-up."""
+    """Decay of the learning rate after the warm-up, to 0 just after the last step."""
     warmup_steps: int = 15
     """Steps over which the learning rate rises from 0."""
     adam_beta2: float = 0.99
@@ -171,9 +171,7 @@ class Args:
 
     def __post_init__(self):
         check_numbers(self)
-        require(
-            self.group_size >= 2, f"--group-size {self.group_size}: a lone completion has no advantage, give 2 or more"
-        )
+        require(self.group_size >= 2, f"--group-size {self.group_size}: a lone completion has no advantage")
         whole_groups = self.rollout_batch_size % self.group_size == 0
         require(whole_groups, f"--rollout-batch-size must be a multiple of --group-size {self.group_size}")
         require(len(self.reward_weights) in (0, len(self.reward)), "--reward-weights: give one for each --reward")
@@ -301,7 +299,7 @@ def extract_answer(text: str) -> str | None:
 
 def normalise(answer: str) -> str | None:
     """Drops spaces around it, `$`, commas, a trailing full stop and a trailing .0; None if nothing remains."""
-    answer = re.sub(r"\\?\$|,", "", answer).strip().removesuffix(".")
+    answer = re.sub(r"\\?\$|,", "", answer).strip().removesuffix(".").strip()
     return re.sub(r"(?<=\d)\.0+$", "", answer) or None
 
 
@@ -326,16 +324,19 @@ class RewardModel:
     """A classifier with one label, called like any reward function; higher is better, any scale.
 
     The text is tokenised anew with the classifier's own tokenizer and chat template (prompt, completion and EOS where
-    it has none), and `transformers` itself picks the token that is read: the last one that is not padding.
+    it has none), and `transformers` itself picks the token that is read: the last one that is not padding. So a
+    completion that was cut looks finished to it; `missing_eos_penalty` is there for that.
     """
 
     def __init__(self, name: str, system_prompt: str | None, device: torch.device, max_tokens: int):
-        self.tokenizer, self.system_prompt = from_hub(transformers.AutoTokenizer, name, "--reward"), system_prompt
-        config, self.device, self.max_tokens = from_hub(transformers.AutoConfig, name, "--reward"), device, max_tokens
+        self.name, self.system_prompt, self.device, self.max_tokens = name, system_prompt, device, max_tokens
+        self.tokenizer = from_hub(transformers.AutoTokenizer, name, "--reward")
+        config = from_hub(transformers.AutoConfig, name, "--reward")
         require(config.num_labels == 1, f"--reward {name} has {config.num_labels} labels; a reward model has one")
         if config.pad_token_id is None:
             config.pad_token_id = self.tokenizer.pad_token_id
         require(config.pad_token_id is not None, f"--reward {name}: set pad_token_id in its config.json, it has none")
+        self.window = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
         loader, options = transformers.AutoModelForSequenceClassification, {"config": config, "dtype": torch.float32}
         self.model = from_hub(loader, name, "--reward", output_loading_info=True, **options).to(device).eval()
 
@@ -343,18 +344,17 @@ class RewardModel:
     def __call__(self, prompts: list, completions: list[str], rows: list[dict]) -> list[float]:
         sequences, scores = [], torch.zeros(len(prompts))
         for prompt, completion in zip(prompts, completions):
-            if self.tokenizer.chat_template:
-                messages = [*as_messages(prompt, self.system_prompt), {"role": "assistant", "content": completion}]
-                ids = self.tokenizer.encode(render(self.tokenizer, messages), add_special_tokens=False)
-            else:
-                ids = encode_prompt(self.tokenizer, {"prompt": prompt}, self.system_prompt)
-                ids += self.tokenizer.encode(completion, add_special_tokens=False)
-                ids += [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
+            messages = [*as_messages(prompt, self.system_prompt), {"role": "assistant", "content": completion}]
+            text = render(self.tokenizer, messages)
+            text += "" if self.tokenizer.chat_template else self.tokenizer.eos_token or ""
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+            require(len(ids) <= self.window, f"--reward {self.name} holds {self.window} tokens; a text has {len(ids)}")
             sequences.append((ids, [1] * len(ids)))
-        for batch, ids, mask in micro_batches(sequences, self.max_tokens, self.model.config.pad_token_id, self.device):
+        pad_id = self.model.config.pad_token_id
+        for indices, ids, mask in micro_batches(sequences, self.max_tokens, self.device, pad_id):
             with autocast(self.device):
                 logits = self.model(input_ids=ids, attention_mask=mask.long()).logits  # (n, 1)
-            scores[batch] = logits[:, 0].float().cpu()
+            scores[indices] = logits[:, 0].float().cpu()
         return scores.tolist()
 
 
@@ -362,16 +362,13 @@ def load_reward(spec: str, args: "Args", device: torch.device) -> Callable[[list
     """The reward function that one word of `--reward` names."""
     path, _, name = spec.rpartition(":")
     if spec in ("exact", "format"):
-        return exact_reward if spec == "exact" else format_reward
-    known = path.endswith(".py") or Path(spec).is_dir() or ("/" in spec and not spec.endswith(".py"))
-    require(known, f"--reward {spec} is neither exact, format, a model's folder or Hub id, nor file.py:function")
+        return {"exact": exact_reward, "format": format_reward}[spec]
     if not path.endswith(".py"):
+        known = Path(spec).is_dir() or ("/" in spec and not spec.endswith(".py"))
+        require(known, f"--reward {spec} is neither exact, format, a model's folder or Hub id, nor file.py:function")
         return RewardModel(spec, args.system_prompt, device, args.micro_batch_tokens)
     require(Path(path).is_file(), f"--reward {spec}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    function = getattr(module, name, None)
+    function = runpy.run_path(path).get(name)
     require(callable(function), f"--reward {spec}: {path} has no function {name}(prompts, completions, rows)")
     return function
 
@@ -387,12 +384,15 @@ def compute_rewards(
         except Exception as error:  # the user's own code may raise anything
             for i in range(len(rows) if len(rows) > 1 else 0):  # row by row, to end at the one that it fails on
                 compute_rewards({name: function}, [1.0], prompts[i : i + 1], completions[i : i + 1], rows[i : i + 1])
-            raise SystemExit(f"--reward {name} raised {error!r} on {completions[:1]} of row {rows[:1]}") from error
+            where = (
+                f"completion {completions[0]!r} of row {rows[0]}" if len(rows) == 1 else "a batch, not on any row alone"
+            )
+            raise SystemExit(f"--reward {name} raised {error!r} on {where}") from error
         require(len(values) == len(rows), f"--reward {name} returned {len(values)} values for {len(rows)} completions")
         for value, completion, row in zip(values, completions, rows):
-            finite = isinstance(value, (int, float)) and math.isfinite(value)
-            require(finite, f"--reward {name} returned {value!r} on {completion!r} of row {row}")
-        by_name[name] = torch.tensor(values, dtype=torch.float32)
+            finite = hasattr(value, "__float__") and math.isfinite(value)
+            require(finite, f"--reward {name} returned {value!r}, not a number, on {completion!r} of row {row}")
+        by_name[name] = torch.tensor([float(value) for value in values])
     return sum(weight * values for weight, values in zip(weights, by_name.values())), by_name
 
 
@@ -410,28 +410,26 @@ def prompt_of(row: dict) -> str | list[dict]:
 
 
 def render(tokenizer, messages: list[dict], generation_prompt: bool = False) -> str:
-    """The text of a conversation under the tokenizer's chat template."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    """A conversation as text: by the chat template or, without one, prompt turns two newlines apart behind one BOS."""
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    turns = [message["content"] for message in messages]
+    text = "\n\n".join(turns) if generation_prompt else "\n\n".join(turns[:-1]) + turns[-1]
+    bos = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer.encode("a") else ""
+    return text if text.startswith(bos) else bos + text
 
 
 def encode_prompt(tokenizer, row: dict, system_prompt: str | None) -> list[int]:
-    """The one function that turns a prompt into ids: by the chat template where there is one, else as plain text.
-
-    Plain text gets one BOS if the tokenizer uses BOS; a template brings its own.
-    """
-    messages, bos = as_messages(prompt_of(row), system_prompt), tokenizer.bos_token_id
-    if tokenizer.chat_template:
-        return tokenizer.encode(render(tokenizer, messages, generation_prompt=True), add_special_tokens=False)
-    ids = tokenizer.encode("\n\n".join(message["content"] for message in messages), add_special_tokens=False)
-    uses_bos = bos is not None and bos in tokenizer.encode("a")
-    return [bos, *ids] if uses_bos and ids[:1] != [bos] else ids
+    """The one function that turns a prompt into ids. BOS is part of the text, so it comes once at most."""
+    messages = as_messages(prompt_of(row), system_prompt)
+    return tokenizer.encode(render(tokenizer, messages, generation_prompt=True), add_special_tokens=False)
 
 
 def encode_row(tokenizer, row: dict, system_prompt: str | None, eos_ids: list[int]) -> tuple[list[int], list[int]]:
     """A row of SFT data as ids and mask: 1 on every assistant turn up to and including its end of turn, else 0.
 
     Turns are encoded piece by piece, so that a prompt has the very ids that sampling will start from.
-    Raises ValueError if the chat template changes the text of earlier turns when later ones follow.
+    Raises ValueError if the chat template changes earlier text once a turn follows.
     """
     if "messages" in row:
         messages = as_messages(row["messages"], system_prompt)
@@ -443,20 +441,17 @@ def encode_row(tokenizer, row: dict, system_prompt: str | None, eos_ids: list[in
         raise ValueError("it needs an assistant turn: just one, as the last, if the tokenizer has no chat template")
     ids, mask, done = [], [], ""
     for i in turns:
-        if tokenizer.chat_template:
-            prompt, turn = render(tokenizer, messages[:i], generation_prompt=True), render(tokenizer, messages[: i + 1])
-            if not (prompt.startswith(done) and turn.startswith(prompt)):
-                raise ValueError(f"the chat template renders the turns before turn {i} differently once it follows")
-            prompt_ids = tokenizer.encode(prompt[len(done) :], add_special_tokens=False)
-            completion, done = turn[len(prompt) :], turn
-        else:
-            prompt_ids, completion = encode_prompt(tokenizer, {"prompt": messages[:i]}, None), messages[i]["content"]
-        completion_ids = tokenizer.encode(completion, add_special_tokens=False)
+        prompt, turn = render(tokenizer, messages[:i], generation_prompt=True), render(tokenizer, messages[: i + 1])
+        if not (prompt.startswith(done) and turn.startswith(prompt)):
+            raise ValueError(f"the chat template changes what precedes turn {i} once it follows: give one row per turn")
+        prompt_ids = tokenizer.encode(prompt[len(done) :], add_special_tokens=False)
+        completion_ids = tokenizer.encode(turn[len(prompt) :], add_special_tokens=False)
         ends = [k + 1 for k, token in enumerate(completion_ids) if token in eos_ids]
         if not ends:
             completion_ids, ends = [*completion_ids, tokenizer.eos_token_id], [len(completion_ids) + 1]
         ids += prompt_ids + completion_ids  # what the template puts after the end of turn, a newline say, has mask 0
         mask += [0] * len(prompt_ids) + [1] * ends[-1] + [0] * (len(completion_ids) - ends[-1])
+        done = turn
     length = len(mask) - mask[::-1].index(1)
     return ids[:length], mask[:length]
 
@@ -523,34 +518,34 @@ def generate(
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # (B, P)
     seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    position, padded = (seen.cumsum(1) - 1).clamp(min=0), not seen.all()
-    inputs = {"attention_mask": seen if padded else None, "position_ids": position}
-    output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **inputs)
-    cache, row = output.past_key_values, torch.arange(num_rows, device=device)  # row: which completion it is
+    position = (seen.cumsum(1) - 1).clamp(min=0)
+    output = model(input_ids=ids, attention_mask=seen, position_ids=position, use_cache=True, logits_to_keep=1)
+    cache, unfinished = output.past_key_values, torch.arange(num_rows, device=device)
     cache.batch_repeat_interleave(num_samples)
     logits, seen, position = (x.repeat_interleave(num_samples, 0) for x in (output.logits, seen, position[:, -1:]))
     tokens = torch.full((num_rows, max_new_tokens), -1, device=device)
     logprobs = torch.zeros(num_rows, max_new_tokens, device=device)
-    stops, uniforms = torch.tensor(eos_ids, dtype=torch.long, device=device), uniforms.to(device)
     precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    stops, uniforms = torch.tensor(eos_ids, dtype=torch.long, device=device), uniforms.to(device, precise)
     for t in range(max_new_tokens):
         step_logprobs = (logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # (rows left, V)
         if temperature:  # the first token whose cumulative probability exceeds the draw
-            cdf = step_logprobs.to(precise).exp().cumsum(-1)
-            token = torch.searchsorted(cdf, uniforms[row, t, None].to(precise) * cdf[:, -1:], right=True)
+            cdf = step_logprobs.exp().cumsum(-1, dtype=precise)
+            token = torch.searchsorted(cdf, uniforms[unfinished, t, None] * cdf[:, -1:], right=True)
             token = token.clamp(max=cdf.shape[1] - 1)
         else:
             token = step_logprobs.argmax(-1, keepdim=True)  # (rows left, 1)
-        tokens[row, t], logprobs[row, t] = token[:, 0], step_logprobs.gather(1, token)[:, 0]
+        tokens[unfinished, t], logprobs[unfinished, t] = token[:, 0], step_logprobs.gather(1, token)[:, 0]
         left = (~torch.isin(token[:, 0], stops)).nonzero()[:, 0]
         if t + 1 == max_new_tokens or not len(left):
             break
-        if len(left) < len(row):
+        if len(left) < len(unfinished):
             cache.batch_select_indices(left)
-            row, token, seen, position = row[left], token[left], seen[left], position[left]
-        seen, position = torch.cat([seen, seen.new_ones(len(row), 1)], 1), position + 1
-        inputs = {"attention_mask": seen if padded else None, "position_ids": position}
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True, **inputs).logits
+            unfinished, token, seen, position = unfinished[left], token[left], seen[left], position[left]
+        seen, position = torch.cat([seen, seen.new_ones(len(seen), 1)], 1), position + 1
+        logits = model(
+            input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True
+        ).logits
     model.train(was_training)
     lengths, tokens, logprobs = (tokens >= 0).sum(1).tolist(), tokens.tolist(), logprobs.tolist()
     return [x[:k] for x, k in zip(tokens, lengths)], [x[:k] for x, k in zip(logprobs, lengths)]
@@ -567,11 +562,11 @@ def rollout(model, prompts, num_samples, temperature, eos_ids, uniforms, batch_s
     return completions, logprobs
 
 
-def evaluate(policy, tokenizer, rows, prompts, score, args, eos_ids) -> dict[str, float]:
-    """Accuracy (where rows have an `answer`) and mean score on held-out prompts, sampled at temperature 1 and greedy.
+def evaluate(policy, tokenizer, rows, prompts, reward_of, args, eos_ids) -> dict[str, float]:
+    """Accuracy (where rows have an `answer`) and mean reward on held-out prompts, sampled at temperature 1 and greedy.
 
-    Sampling always takes the same draws. prompts: their ids. score: `compute_rewards` for prompts, completions and
-    rows, or None. answered_*: the share of completions that hold a readable answer, right or wrong.
+    Sampling always takes the same draws. prompts: their ids. reward_of: `compute_rewards` for prompts, completions
+    and rows, or None. answered_*: the share of completions that hold a readable answer, right or wrong.
     """
     metrics, answers = {}, [row.get("answer") for row in rows]
     uniforms = draw_uniforms(0, "evaluation", 0, len(prompts), args.max_new_tokens)
@@ -581,8 +576,8 @@ def evaluate(policy, tokenizer, rows, prompts, score, args, eos_ids) -> dict[str
         if None not in answers:
             metrics[f"eval/accuracy_{name}"] = sum(map(exact_match, texts, answers)) / len(rows)
             metrics[f"eval/answered_{name}"] = sum(extract_answer(text) is not None for text in texts) / len(rows)
-        if score is not None:
-            metrics[f"eval/reward_{name}"] = score([prompt_of(row) for row in rows], texts, rows)[0].mean().item()
+        if reward_of is not None:
+            metrics[f"eval/reward_{name}"] = reward_of([prompt_of(row) for row in rows], texts, rows)[0].mean().item()
     return metrics
 
 
@@ -607,10 +602,11 @@ def main(args: Args) -> dict[str, float]:
         wanted = ["messages", "prompt+completion", "question+answer"]
         sft_rows = read_dataset(args.sft_dataset, "train", "--sft-dataset", wanted)
         encode = functools.partial(encode_row, tokenizer, system_prompt=args.system_prompt, eos_ids=eos_ids)
-        sft_data = encode_rows(encode, sft_rows, limit + args.max_new_tokens, flag)[1]
+        limit, flag = limit + args.max_new_tokens, "--max-prompt-length + --max-new-tokens"
+        sft_data = encode_rows(encode, sft_rows, limit, flag)[1]
     functions = {name: load_reward(name, args, device) for name in args.reward}
-    score = functools.partial(compute_rewards, functions, args.reward_weights or [1.0] * len(functions))
-    score([prompt_of(train_rows[0])], [""], train_rows[:1])  # a reward that cannot work fails here, not after hours
+    reward_of = functools.partial(compute_rewards, functions, args.reward_weights or [1.0] * len(functions))
+    reward_of([prompt_of(train_rows[0])], [""], train_rows[:1])  # what cannot work fails here, not after hours
 
     policy = load_model(run.checkpoint or args.model, device, args.gradient_checkpointing)
     reference = load_model(args.model, device).requires_grad_(False) if args.kl_coef or args.kl_stop else None
@@ -618,30 +614,30 @@ def main(args: Args) -> dict[str, float]:
     optimizer = torch.optim.AdamW(policy.parameters(), peak_lr, betas=(0.9, args.adam_beta2), weight_decay=0.0)
     print(f"{policy.num_parameters():,} parameters on {device}, {len(train_rows):,} prompts, peak lr {peak_lr:g}")
     run.start(optimizer, peak_lr=peak_lr, steps=steps)
-    evaluation = (policy, tokenizer, eval_rows, eval_prompts, score, args, eos_ids)
+    evaluation = (policy, tokenizer, eval_rows, eval_prompts, reward_of, args, eos_ids)
     if run.step == 0:
         run.log(0, steps, evaluate(*evaluation))
     if run.step == 0 and run.last.get("eval/answered_sampled") == 0:
         print("warning: no sample holds a readable answer, `#### 42`: ask for it with --system-prompt, or run sft.py")
 
     for step in range(run.step + 1, steps + 1):
-        if args.kl_stop and run.last.get("kl_ref_seq", 0.0) > args.kl_stop:
+        if args.kl_stop and (run.last.get("kl_ref_seq") or 0.0) > args.kl_stop:  # asked here, so that --resume ends too
             print(f"stopped: kl_ref_seq {run.last['kl_ref_seq']:.2f} has passed --kl-stop {args.kl_stop}")
             break
         # (1) rollout: the completions of a prompt are neighbours, n = b * G + g
-        clock, means, lr = time.perf_counter(), Means(), learning_rate(args, step, steps, peak_lr)
+        clock = time.perf_counter()
         chosen = shuffled_indices(len(train_rows), args.seed, "prompts", step, B)
+        prompts = [train_prompts[i] for i in chosen]  # (B,)
         uniforms = draw_uniforms(args.seed, "rollout", step, B * G, args.max_new_tokens)
-        batch_size, prompts = args.rollout_batch_size, [train_prompts[i] for i in chosen]  # (B,)
-        completions, sampling = rollout(
-            policy, prompts, G, args.temperature, eos_ids, uniforms, batch_size
-        )  # (N,) each
+        completions, sampling_logprobs = rollout(
+            policy, prompts, G, args.temperature, eos_ids, uniforms, args.rollout_batch_size
+        )  # (N,) lists each
         rollout_seconds = time.perf_counter() - clock
 
         # (2) rewards
         rows = [train_rows[i] for i in chosen for _ in range(G)]
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-        rewards, by_name = score([prompt_of(row) for row in rows], texts, rows)  # (N,)
+        rewards, by_name = reward_of([prompt_of(row) for row in rows], texts, rows)  # (N,)
         truncated = torch.tensor([float(completion[-1] not in eos_ids) for completion in completions])  # (N,)
         rewards = rewards - args.missing_eos_penalty * truncated
 
@@ -649,64 +645,56 @@ def main(args: Args) -> dict[str, float]:
         advantages = group_advantages(rewards, G)  # (N,)
 
         # (4) loss: a row of advantage 0 has gradient 0 and is not computed, unless KL or entropy act on it too
-        act_on_all = reference is not None or args.entropy_coef > 0
-        trained = [n for n in range(B * G) if act_on_all or advantages[n] != 0]
-        data = []  # ids, mask and sampling log-probabilities of each row
+        all_rows = reference is not None or args.entropy_coef > 0
+        trained = [n for n in range(B * G) if all_rows or advantages[n] != 0]
+        sequences = []  # ids, mask and sampling log-probabilities of each row
         for n in trained:
             prompt, before = prompts[n // G], [0] * len(prompts[n // G])
-            data.append((prompt + completions[n], before + [1] * len(completions[n]), before + sampling[n]))
-        batches = list(micro_batches(data, args.micro_batch_tokens, tokenizer.pad_token_id, device))
+            sequences.append(
+                (prompt + completions[n], before + [1] * len(completions[n]), before + sampling_logprobs[n])
+            )
+        batches = list(micro_batches(sequences, args.micro_batch_tokens, device))
         old_logprobs, ref_logprobs = [], [None] * len(batches)  # (n, L) for each micro-batch
         if reference is not None:
             with torch.no_grad(), autocast(device):
-                ref_logprobs = [
-                    token_logprobs(reference, ids, mask, args.temperature)[0] for _, ids, mask, _ in batches
-                ]
-        sft_batches, sft_tokens = [], 0
-        if args.sft_coef:
-            sft_rows = [sft_data[i] for i in shuffled_indices(len(sft_data), args.seed, "sft", step, B)]
-            sft_batches = list(micro_batches(sft_rows, args.micro_batch_tokens, tokenizer.pad_token_id, device))
-            sft_tokens = sum(sum(mask) for _, mask in sft_rows)
+                ref_logprobs = [token_logprobs(reference, ids, x, args.temperature)[0] for _, ids, x, _ in batches]
+        step_means = Means()
         for epoch in range(args.num_epochs):
-            loss_sum, drift = 0.0, Means()
-            for k, (batch, ids, mask, sampling_logprobs) in enumerate(batches):
+            epoch_means = Means()
+            for k, (indices, ids, mask, sampled) in enumerate(batches):
                 with autocast(device):
                     logprobs, entropy = token_logprobs(policy, ids, mask, args.temperature)  # (n, L)
-                gap, ref = logprobs.detach() - sampling_logprobs, ref_logprobs[k]
+                gap, ref = (logprobs - sampled).abs(), ref_logprobs[k]
                 if epoch == 0:  # the policy is still the one that sampled: these are the old log-probabilities
                     old_logprobs.append(logprobs.detach())
-                    means.add("entropy", entropy, mask)
-                    means.add("sampling_gap_mean", gap.abs(), mask)
-                    means.add("sampling_gap_max", gap.abs() * mask)
+                    step_means.add(mask, entropy=entropy, sampling_gap_mean=gap, sampling_gap_max=gap)
                 if epoch == 0 and reference is not None:
-                    means.add("kl_ref_k1", logprobs - ref, mask)
-                    means.add("kl_ref_k3", kl_k3(logprobs, ref), mask)
-                    means.add("kl_ref_seq", ((logprobs - ref) * mask).sum(1))
-                old, advantage = old_logprobs[k], advantages[[trained[i] for i in batch]].to(device)  # (n, L), (n,)
-                drift.add("clip_frac", ((logprobs - old).exp() - 1).abs() > args.clip_eps, mask)
-                drift.add("approx_kl_old", kl_k3(old, logprobs), mask)
+                    step_means.add(mask, kl_ref_k1=logprobs - ref, kl_ref_k3=kl_k3(logprobs, ref))
+                    step_means.add(kl_ref_seq=((logprobs - ref) * mask).sum(1))
+                old, advantage = old_logprobs[k], advantages[[trained[i] for i in indices]].to(device)  # (n, L), (n,)
+                outside = ((logprobs - old).exp() - 1).abs() > args.clip_eps
+                epoch_means.add(mask, clip_frac=outside, approx_kl_old=kl_k3(old, logprobs))
                 loss = grpo_loss(logprobs, old, ref, advantage, mask, args.clip_eps, args.kl_coef, B * G)
                 if args.entropy_coef:  # averaged like the objective
                     loss = loss - args.entropy_coef * ((entropy * mask).sum(1) / mask.sum(1)).sum() / (B * G)
-                loss.backward()
-                loss_sum += loss.item()
+                run.backward(loss)
                 if not run.checked:
-                    run.check_first_batch(tokenizer, ids, mask, gap, means)
-            for _, ids, mask in sft_batches:
-                with autocast(device):
-                    logprobs, _ = token_logprobs(policy, ids, mask)
-                loss = args.sft_coef * sft_loss(logprobs, mask, sft_tokens)
-                loss.backward()
-                loss_sum += loss.item()
-                means.add("sft_loss", -logprobs, mask)
-            if args.target_kl and drift.result().get("approx_kl_old", 0.0) > args.target_kl:
-                optimizer.zero_grad()
+                    run.check_first_batch(tokenizer, ids, mask, gap, step_means)
+            if args.target_kl and epoch_means.result().get("approx_kl_old", 0.0) > args.target_kl:
+                run.discard(optimizer)
                 break
+            if args.sft_coef:
+                drawn = [sft_data[i] for i in shuffled_indices(len(sft_data), args.seed, "sft", step, B)]
+                num_tokens = sum(sum(mask) for _, mask in drawn)
+                for _, ids, mask in micro_batches(drawn, args.micro_batch_tokens, device):
+                    with autocast(device):
+                        logprobs, _ = token_logprobs(policy, ids, mask)
+                    run.backward(args.sft_coef * sft_loss(logprobs, mask, num_tokens))
+                    step_means.add(mask, sft_loss=-logprobs)
 
             # (5) update
-            grad_norm = run.update(policy, optimizer, loss_sum, lr)
-            means.add("loss", loss_sum)
-            means.add("grad_norm", grad_norm)
+            lr = learning_rate(args, step, steps, peak_lr)
+            step_means.add(**run.update(policy, optimizer, lr))  # loss, grad_norm
 
         seconds = time.perf_counter() - clock
         metrics = {
@@ -715,14 +703,19 @@ def main(args: Args) -> dict[str, float]:
             "frac_zero_std": (advantages.view(B, G) == 0).all(1).float().mean().item(),
             "adv_abs_mean": advantages.abs().mean().item(), "frac_trained": len(trained) / (B * G),
             "completion_length": sum(map(len, completions)) / (B * G), "truncated_frac": truncated.mean().item(),
-            **means.result(), **drift.result(), "lr": lr, "time/rollout_s": rollout_seconds, "time/step_s": seconds,
+            **step_means.result(), **epoch_means.result(), "lr": lr,
+            "time/rollout_s": rollout_seconds, "time/step_s": seconds,
             "time/tokens_per_s": (G * sum(map(len, prompts)) + sum(map(len, completions))) / seconds,
         }  # fmt: skip
+        if step == run.first + 1 and metrics["frac_zero_std"] > 0.8:
+            print("warning: over 80 % of the groups have equal rewards: the prompts are too easy or too hard")
         last = step == steps or bool(args.kl_stop and metrics["kl_ref_seq"] > args.kl_stop)
         if last or step % args.eval_every == 0:
             metrics |= evaluate(*evaluation)
-        samples = [dict(prompt=prompt_of(rows[n]), completion=texts[n], reward=rewards[n].item()) for n in range(G)]
-        samples = samples if step % args.sample_every == 0 else []
+        samples = [
+            {"prompt": prompt_of(rows[n]), "completion": texts[n], "reward": rewards[n].item()}
+            for n in range(G if step % args.sample_every == 0 else 0)
+        ]
         run.log(step, steps, metrics, samples, "reward frac_zero_std kl_ref_seq entropy completion_length grad_norm")
         if last or run.signal or step % args.save_every == 0:
             run.save(step, policy, tokenizer, optimizer)
@@ -775,15 +768,16 @@ def shuffled_indices(num_rows: int, seed: int, purpose: str, step: int, count: i
     """The `count` rows of step 1, 2, ...: slices of an endless stream of epochs, each shuffled anew."""
     first, indices = (step - 1) * count, []
     for epoch in range(first // num_rows, (first + count - 1) // num_rows + 1):
-        order = torch.randperm(num_rows, generator=seeded(seed, purpose, epoch)).tolist()
-        indices += order[max(0, first - epoch * num_rows) : first + count - epoch * num_rows]
+        order = torch.randperm(num_rows, generator=seeded(seed, purpose, epoch))
+        indices += order[max(0, first - epoch * num_rows) : first + count - epoch * num_rows].tolist()
     return indices
 
 
-def micro_batches(rows: list[tuple], max_tokens: int, pad_id: int, device: torch.device) -> Iterator[tuple]:
+def micro_batches(rows: list[tuple], max_tokens: int, device: torch.device, pad_id: int = 0) -> Iterator[tuple]:
     """Rows of (ids, mask, ...), lists of one length, as right-padded tensors: indices (n), ids (n, L), mask (n, L), ...
 
-    The longest rows come first; n * L is at most `max_tokens`, except that a longer row comes alone.
+    The longest rows come first; n * L is at most `max_tokens`, except that a longer row comes alone. What pads ids is
+    of no consequence under a causal model.
     """
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
     while order:
@@ -806,13 +800,10 @@ def learning_rate(args: "Args", step: int, steps: int, peak: float) -> float:
 @functools.cache
 def hub_is_out_of_reach() -> bool:
     """Asked once, because the Hub's own client goes on trying for half a minute."""
-    request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
     try:
-        urllib.request.urlopen(request, timeout=5).close()
-    except urllib.error.HTTPError:
-        return False  # it answered
-    except OSError:
-        return True
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
+    except OSError as error:
+        return not isinstance(error, urllib.error.HTTPError)  # which would be an answer
     return False
 
 
@@ -842,15 +833,12 @@ def load_tokenizer(name: str, num_tokens: int):
     require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no eos_token, so nothing could end")
     window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
     require(num_tokens <= window, f"--model {name} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths
     try:
-        config = transformers.GenerationConfig.from_pretrained(
-            name, local_files_only=Path(name).is_dir() or hub_is_out_of_reach()
-        )
-    except OSError:  # there is none; the model's own config stands in
-        config = config.get_text_config()
-    eos_ids = {tokenizer.eos_token_id, *torch.tensor(config.eos_token_id or []).flatten().tolist()}
+        offline = Path(name).is_dir() or hub_is_out_of_reach()
+        stops = transformers.GenerationConfig.from_pretrained(name, local_files_only=offline).eos_token_id
+    except OSError:  # it has none
+        stops = config.get_text_config().eos_token_id
+    eos_ids = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "@answer@"}]
         tail = render(tokenizer, turns).rpartition("@answer@")[2]
@@ -861,9 +849,9 @@ def load_tokenizer(name: str, num_tokens: int):
 def load_model(name: str, device: torch.device, gradient_checkpointing: bool = False):
     """A causal language model in float32, whatever its folder holds, without dropout."""
     config = from_hub(transformers.AutoConfig, name, "--model")
-    for key, value in config.to_dict().items():
-        if key.endswith(("dropout", "pdrop")) and value:
-            setattr(config, key, 0.0)  # with dropout, sampling and training would see different policies
+    for part in (config, config.get_text_config()):
+        for key in [key for key in part.to_dict() if key.endswith(("dropout", "pdrop"))]:
+            setattr(part, key, 0.0)  # with dropout, sampling and training would see different policies
     options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     model = from_hub(transformers.AutoModelForCausalLM, name, "--model", **options)
     return prepare_model(model, device, gradient_checkpointing)
@@ -881,7 +869,8 @@ def prepare_model(model, device: torch.device, gradient_checkpointing: bool):
         expected = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
         logprobs, _ = token_logprobs(model, ids, (ids > 0).float())
     same = (expected.gather(1, ids[0, 1:, None])[:, 0] - logprobs[0, 1:]).abs().max() < 1e-3
-    require(same, "--model: its logits are more than lm_head(hidden), which is all that token_logprobs knows")
+    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # shows on large logits only
+    require(same and not capped, "--model: its logits are more than lm_head(hidden), all that token_logprobs knows")
     return model
 
 
@@ -894,7 +883,7 @@ def read_dataset(name: str, split: str, flag: str, wanted: list[str]) -> list[di
     require(not file_format or Path(name).is_file(), f"{flag} {name}: there is no such file")
     try:
         if not file_format:
-            hub_name, config, chosen = (*name.split(":"), "", "")[:3]
+            hub_name, config, chosen = (*name.split(":", 2), "", "")[:3]
             datasets.config.HF_HUB_OFFLINE = hub_is_out_of_reach()
             rows = list(datasets.load_dataset(hub_name, config or None, split=chosen or split))
         else:
@@ -903,8 +892,10 @@ def read_dataset(name: str, split: str, flag: str, wanted: list[str]) -> list[di
     except Exception as error:  # whatever a missing or broken dataset makes the library raise
         raise SystemExit(f"{flag} {name} cannot be read: {error}") from error
     require(len(rows) > 0, f"{flag} {name} holds no rows")
-    found = any(set(columns.split("+")) <= set(rows[0]) for columns in wanted)
+    found = [columns.split("+") for columns in wanted if set(columns.split("+")) <= set(rows[0])]
     require(found, f"{flag} {name} has the columns {', '.join(rows[0])}; this script needs {' or '.join(wanted)}")
+    for i, row in enumerate(rows):
+        require(all(row[column] is not None for column in found[0]), f"{flag} {name}: row {i} lacks a value: {row}")
     return rows
 
 
@@ -914,8 +905,13 @@ def load_data(args: "Args", wanted: list[str]) -> tuple[list[dict], list[dict]]:
     if args.eval_dataset or args.dataset == "arithmetic":
         held_out = read_dataset(args.eval_dataset or args.dataset, "test", "--eval-dataset", wanted)
     elif not Path(args.dataset).is_file():
-        hub_name, config, chosen = (*args.dataset.split(":"), "", "")[:3]
-        names = datasets.get_dataset_split_names(hub_name, config or None)
+        hub_name, config, chosen = (*args.dataset.split(":", 2), "", "")[:3]
+        try:
+            names = datasets.get_dataset_split_names(hub_name, config or None)
+        except Exception as error:  # whatever the library raises
+            raise SystemExit(
+                f"--dataset {args.dataset}: its splits are unknown: {error}; give --eval-dataset"
+            ) from error
         for split in [name for name in ("test", "validation") if name in names and not chosen.startswith(name)][:1]:
             held_out = read_dataset(f"{hub_name}:{config}:{split}", split, "--eval-dataset", wanted)
     if not held_out:
@@ -926,18 +922,18 @@ def load_data(args: "Args", wanted: list[str]) -> tuple[list[dict], list[dict]]:
 
 def encode_rows(encode: Callable, rows: list[dict], max_length: int, flag: str) -> tuple[list[dict], list]:
     """The rows that are not too long, and what `encode` makes of each: ids, or (ids, mask)."""
-    kept, encoded, clock = [], [], time.perf_counter()
+    kept, encoded = [], []
     for i, row in enumerate(rows):
         try:
             item = encode(row)
         except Exception as error:  # a chat template may raise anything
-            raise SystemExit(f"row {i} cannot be encoded: {error}; the row is {row}") from error
+            hint = " (drop --system-prompt?)" if "system" in str(error).lower() else ""
+            raise SystemExit(f"row {i} cannot be encoded: {error}{hint}; the row is {row}") from error
         if len(item[0] if isinstance(item, tuple) else item) <= max_length:
             kept.append(row)
             encoded.append(item)
-        if time.perf_counter() - clock > 5:
-            clock = time.perf_counter()
-            print(f"encoded {i:,} of {len(rows):,} rows", flush=True)
+        if (i + 1) % 50_000 == 0:
+            print(f"encoded {i + 1:,} of {len(rows):,} rows", flush=True)
     require(len(kept) > 0, f"all {len(rows)} rows are longer than {flag} {max_length} (tokens): raise it")
     if len(kept) < len(rows):
         print(f"dropped {len(rows) - len(kept):,} of {len(rows):,} rows: longer than {flag} {max_length} (tokens)")
@@ -950,17 +946,20 @@ class Means:
     def __init__(self):
         self.sums, self.counts = {}, {}
 
-    def add(self, name: str, values, mask: Tensor | float = 1.0):
-        """values: a number or a tensor; with a mask of its shape, only where that is 1."""
-        values = torch.as_tensor(values).detach().float()
-        total, count = (values * mask).sum().item(), (torch.ones_like(values) * mask).sum().item()
-        if name.endswith("_max"):
-            self.sums[name], self.counts[name] = max(values.max().item(), self.sums.get(name, -math.inf)), 1.0
-        else:
-            self.sums[name], self.counts[name] = self.sums.get(name, 0.0) + total, self.counts.get(name, 0.0) + count
+    def add(self, mask: Tensor | None = None, **values):
+        """values: numbers or tensors by name; with a mask of their shape, only where that is 1. Kept on the device."""
+        for name, x in values.items():
+            x = torch.as_tensor(x).detach().float()
+            weight = torch.ones_like(x) if mask is None else mask
+            if name.endswith("_max"):
+                largest = (x * weight).max()
+                self.sums[name], self.counts[name] = torch.maximum(largest, self.sums.get(name, largest)), 1
+            else:
+                self.sums[name] = self.sums.get(name, 0) + (x * weight).sum()
+                self.counts[name] = self.counts.get(name, 0) + weight.sum()
 
     def result(self) -> dict[str, float]:
-        return {name: total / self.counts[name] for name, total in self.sums.items()}
+        return {name: float(total / self.counts[name]) for name, total in self.sums.items()}
 
 
 class Run:
@@ -975,25 +974,33 @@ class Run:
 
     def __init__(self, args: "Args"):
         """Decides between a new run and a resumed one and refuses what would lose something. Writes nothing."""
-        self.args, self.out, self.last, self.checked, self.clock = args, Path(args.out), {}, False, time.perf_counter()
-        self.step = self.first = self.skipped = self.skipped_in_a_row = self.signal = 0
-        self.checkpoint, self.wandb, self.record = None, None, {}
+        self.args, self.out, self.settings = args, Path(args.out), json.loads(json.dumps(vars(args)))
+        self.step = self.first = 0  # the last step that is done; the one that this process begins after
+        self.checkpoint = None  # the folder to load from instead of --model
+        self.last, self.record = {}, {}  # the last row of metrics.jsonl; the content of args.json
+        self.loss = self.skipped = self.skipped_in_a_row = self.signal = 0
+        self.checked, self.wandb, self.handlers, self.clock = False, None, {}, time.perf_counter()
         for folder in (args.model, getattr(args, "reference", None), *getattr(args, "reward", ())):
-            same = folder is not None and Path(folder).resolve() == self.out.resolve()
-            require(not same, f"--out {self.out} is a folder that this run reads: choose another --out")
+            path = Path(folder or "/").resolve()
+            inside = self.out.resolve() in (path, *path.parents)
+            require(not inside, f"--out {self.out} holds {folder}, which this run reads: choose another --out")
         require(not (args.resume and args.overwrite), "--resume goes on from a run, --overwrite removes it: give one")
         saved = self.out / "args.json"
         held = [name for name in ("config.json", "checkpoints") if (self.out / name).exists()]
         require(saved.exists() or not held, f"--out {self.out} holds {held} but no run of ours: choose another --out")
-        free_to_go = not saved.exists() or args.resume or args.overwrite
-        require(free_to_go, f"--out {self.out} holds a run: go on with --resume, or start anew with --overwrite")
+        may_go = not saved.exists() or args.resume or args.overwrite
+        require(may_go, f"--out {self.out} holds a run: go on with --resume, or start anew with --overwrite")
         if saved.exists() and args.resume:
-            self.record = json.loads(saved.read_text())
-            for name, value in jsonable(args).items():
-                old = self.record["args"].get(name)
+            try:
+                self.record = json.loads(saved.read_text())
+                before = self.record["args"]
+            except (ValueError, KeyError) as error:
+                raise SystemExit(f"--resume: {saved} is broken ({error!r}): start anew with --overwrite") from error
+            for name, value in self.settings.items():
                 free = name in self.free or (name in ("steps", "epochs") and args.lr_schedule == "constant")
                 flag = "--" + name.replace("_", "-")
-                require(free or value == old, f"--resume: {flag} was {old!r}; {value!r} would change the result")
+                same = free or value == before.get(name)
+                require(same, f"--resume: {flag} was {before.get(name)!r}; {value!r} would change the result")
             for folder in (self.out / "checkpoints").glob("step-*[0-9]"):
                 if int(folder.name.removeprefix("step-")) > self.step:
                     self.step, self.checkpoint = int(folder.name.removeprefix("step-")), str(folder)
@@ -1008,18 +1015,20 @@ class Run:
         """Makes the folder or, resuming, restores the optimizer and cuts the logs back to the checkpoint's step."""
         if self.checkpoint:
             try:
-                state = torch.load(Path(self.checkpoint) / "state.pt", weights_only=True)
+                state = torch.load(Path(self.checkpoint) / "state.pt", weights_only=True, map_location="cpu")
                 optimizer.load_state_dict(state["optimizer"])
                 self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
             except Exception as error:  # whatever a broken file makes torch raise
-                raise SystemExit(f"--resume: {self.checkpoint} cannot be loaded: {error}") from error
+                raise SystemExit(
+                    f"--resume: {self.checkpoint} is broken: {error}; remove it to use the one before"
+                ) from error
         if self.args.overwrite:
             for path in [path for pattern in self.files.split() for path in self.out.glob(pattern)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.out.mkdir(parents=True, exist_ok=True)
         for path in (self.out / "checkpoints").glob("*.tmp"):
             shutil.rmtree(path)
-        for name in ("samples.jsonl", "metrics.jsonl"):
+        for name in ("samples.jsonl", "metrics.jsonl"):  # in this order: `last` is to come from metrics.jsonl
             text = (self.out / name).read_text() if self.checkpoint and (self.out / name).exists() else ""
             rows = [json.loads(line) for line in text.split("\n")[:-1]]  # a kill may have torn what follows the last \n
             rows = [row for row in rows if row["step"] <= self.step]
@@ -1032,12 +1041,14 @@ class Run:
 
             self.record.setdefault("wandb_id", wandb.util.generate_id())
             options = {"id": self.record["wandb_id"], "resume": "allow", "dir": self.out, "name": self.out.name}
-            self.wandb = wandb.init(project=self.args.wandb_project, config=jsonable(self.args) | resolved, **options)
-        self.record |= {"args": jsonable(self.args), "resolved": resolved}
+            wandb.init(project=self.args.wandb_project, config=self.settings | resolved, **options)
+            self.wandb = wandb
+        self.record.pop("finished", None)
+        self.record |= {"args": self.settings, "resolved": resolved}
         write_beside(self.out / "args.json", json.dumps(self.record, indent=2))
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self.on_signal)
+                self.handlers[number] = signal.signal(number, self.on_signal)
         self.first, self.clock = self.step, time.perf_counter()
 
     def on_signal(self, number: int, frame):
@@ -1056,26 +1067,38 @@ class Run:
             text += f"«{piece}»" if trained else piece
         num_bos = 0 if tokenizer.bos_token_id is None else int((ids[0, :end] == tokenizer.bos_token_id).sum())
         num_eos = int((actions & (ids == tokenizer.eos_token_id)).sum())
-        print(f"first row, trained tokens in «», BOS {num_bos} times:\n{text}")
-        counts = f"{ids.numel()} tokens with padding, {int(actions.sum())} trained, {num_eos} of them EOS"
-        print(f"first micro-batch: {len(ids)} rows, {counts}")
+        print(
+            f"first row, trained tokens in «», BOS {num_bos} times:\n{text}\nfirst micro-batch: {len(ids)} rows, ",
+            end="",
+        )
+        print(f"{ids.numel()} tokens with padding, {int(actions.sum())} trained, {num_eos} of them EOS")
+        if "kl_ref_seq" in means.sums:
+            print(f"KL to the reference {means.result()['kl_ref_seq']:.1e} per completion")
         if gap is not None:
-            mean, largest = masked_mean(gap.abs(), mask).item(), (gap.abs() * mask).max().item()
-            print(f"KL to the reference {means.result().get('kl_ref_seq', 0.0):.1e} per completion")
+            mean, largest = masked_mean(gap, mask).item(), (gap * mask).max().item()
             print(f"|sampling - training log-probability|: mean {mean:.1e}, max {largest:.1e}")
             exact = largest < 1e-3 or ids.device.type == "cuda"
-            require(
-                exact, "sampling and training disagree by more than 1e-3: this model's cached decoding is not exact"
-            )
+            require(exact, "sampling and training differ by more than 1e-3: this model's cached decoding is not exact")
             if mean > 0.02:
                 print("warning: sampling and training log-probabilities differ by more than 0.02 on average")
 
-    def update(self, model, optimizer: torch.optim.Optimizer, loss: float, lr: float) -> float:
-        """Clips the gradient, steps and clears it; returns its norm. Skips what is not finite, and ends after ten."""
+    def backward(self, loss: Tensor):
+        """Adds to the gradient. The losses of a step's micro-batches add up to the loss of the step."""
+        loss.backward()
+        self.loss = self.loss + loss.detach()
+
+    def discard(self, optimizer: torch.optim.Optimizer):
+        """Forgets the gradient and the loss that have added up."""
+        optimizer.zero_grad()
+        self.loss = 0
+
+    def update(self, model, optimizer: torch.optim.Optimizer, lr: float) -> dict[str, float]:
+        """Clips the gradient, steps, and returns loss and grad_norm. Skips what is not finite; ten in a row end it."""
         for parameter in model.parameters():
             if parameter.grad is None:  # no row had a signal: Adam's momentum still acts
                 parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm).item()
+        loss = float(self.loss)
         for group in optimizer.param_groups:
             group["lr"] = lr
         if math.isfinite(loss) and math.isfinite(norm):
@@ -1085,11 +1108,12 @@ class Run:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
             print(f"update skipped: loss {loss}, gradient norm {norm}", flush=True)
             require(self.skipped_in_a_row < 10, "ten updates in a row were not finite: lower --lr, or look at the data")
-        optimizer.zero_grad()
-        return norm
+        self.discard(optimizer)
+        return {"loss": loss, "grad_norm": norm}
 
     def log(self, step: int, steps: int, metrics: dict, samples: list[dict] = (), shown: str = ""):
         """A row in metrics.jsonl, the samples in samples.jsonl, and a line on screen with the `shown` metrics."""
+        metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
         self.last = {"step": step, **metrics, "skipped_updates": self.skipped}
         for name, rows in (("samples", [{"step": step, **sample} for sample in samples]), ("metrics", [self.last])):
             with open(self.out / f"{name}.jsonl", "a") as file:
@@ -1098,17 +1122,16 @@ class Run:
             self.clock = time.perf_counter()
         else:
             left = (time.perf_counter() - self.clock) / (step - self.first) * (steps - step)
-            text = "  ".join(f"{name} {metrics[name]:.4g}" for name in shown.split() if name in metrics)
+            text = "  ".join(f"{x} {metrics[x]:.4g}" for x in shown.split() if metrics.get(x) is not None)
             speed = f"{metrics['time/tokens_per_s']:,.0f} tokens/s"
             print(f"step {step}/{steps}  {text}  {speed}  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
         text = "  ".join(f"{name[5:]} {value:.4g}" for name, value in metrics.items() if name.startswith("eval/"))
         if text:
             print(f"evaluation at step {step}:  {text}", flush=True)
         if self.wandb:
-            import wandb
-
-            table = wandb.Table(list(samples[0]), [[str(x) for x in s.values()] for s in samples]) if samples else None
-            self.wandb.log(self.last | ({"samples": table} if table else {}), step=step)
+            data = [[str(value) for value in sample.values()] for sample in samples]
+            table = {"samples": self.wandb.Table(list(samples[0]), data)} if samples else {}
+            self.wandb.log(self.last | table, step=step)
 
     def save(self, step: int, model, tokenizer, optimizer: torch.optim.Optimizer):
         """checkpoints/step-N, the last two kept: a model folder with the optimizer's state. Exits if a signal came."""
@@ -1123,7 +1146,15 @@ class Run:
             shutil.rmtree(old.rename(old.with_suffix(".tmp")))
         if self.signal:
             print(f"stopped at step {step}: go on with --resume", flush=True)
+            self.close()
             raise SystemExit(128 + self.signal)
+
+    def close(self):
+        """Ends tracking and gives Ctrl-C its meaning back."""
+        if self.wandb:
+            self.wandb.finish()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def finish(self, steps: int, model, tokenizer) -> dict[str, float]:
         """Writes the final model to `out`, config.json last, and returns the final metrics."""
@@ -1134,8 +1165,7 @@ class Run:
             path.replace(self.out / path.name)
         beside.rmdir()
         write_beside(self.out / "args.json", json.dumps(self.record | {"finished": steps}, indent=2))
-        if self.wandb:
-            self.wandb.finish()
+        self.close()
         print(f"wrote {self.out}")
         return self.summary()
 
@@ -1144,11 +1174,6 @@ class Run:
         rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
         before = {name: value for name, value in rows[0].items() if name.startswith("eval/")}
         return {name.replace("eval/", "before/"): value for name, value in before.items()} | rows[-1]
-
-
-def jsonable(args: "Args") -> dict:
-    """The settings as JSON gives them back."""
-    return json.loads(json.dumps(vars(args)))
 
 
 def write_beside(path: Path, text: str):

@@ -5,6 +5,7 @@ import itertools
 import re
 
 import pytest
+
 import sync
 
 SCRIPTS = {str(path.relative_to(sync.ROOT)): path.read_text() for path in sync.scripts()}
@@ -13,8 +14,8 @@ VARIANTS = [name for name in SCRIPTS if "/" in name]
 PLUMBING = (
     "# " + "-" * 108 + " plumbing"
 )  # Most lines from the header to the end of main, and of the plumbing below it. Caps, not targets.
-BUDGETS = {"sft.py": 560, "rm.py": 560, "dpo.py": 610, "grpo.py": 730, "ppo.py": 830}
-PLUMBING_BUDGET = 440
+BUDGETS = {"sft.py": 520, "rm.py": 520, "dpo.py": 570, "grpo.py": 730, "ppo.py": 830}
+PLUMBING_BUDGET = 470
 
 
 def fields(source: str) -> dict[str, tuple[str, str]]:
@@ -107,7 +108,7 @@ def test_inline_metadata_pins_what_requirements_pin(name):
 
 
 def test_these_checks_can_fail():
-    """A changed comment in a copy is drift and sync mends it; a variant says where it differs; Args and main are free."""
+    """A changed comment in a copy is drift and sync mends it; a variant says where it differs; Args, main are free."""
     parent = (
         '"""Parent."""\n\n\nclass Args:\n    x = 1\n\n\ndef f(x):\n    return x  # why\n\n\ndef main(args):\n    f(1)\n'
     )
