@@ -658,6 +658,11 @@ def main(args: Args) -> dict[str, float]:
         if reference is not None:
             with torch.no_grad(), autocast(device):
                 ref_logprobs = [token_logprobs(reference, ids, x, args.temperature)[0] for _, ids, x, _ in batches]
+        sft_batches = []
+        if args.sft_coef:
+            drawn = [sft_data[i] for i in shuffled_indices(len(sft_data), args.seed, "sft", step, B)]
+            sft_tokens = sum(sum(mask) for _, mask in drawn)
+            sft_batches = list(micro_batches(drawn, args.micro_batch_tokens, device))
         step_means = Means()
         for epoch in range(args.num_epochs):
             epoch_means = Means()
@@ -683,14 +688,11 @@ def main(args: Args) -> dict[str, float]:
             if args.target_kl and epoch_means.result().get("approx_kl_old", 0.0) > args.target_kl:
                 run.discard(optimizer)
                 break
-            if args.sft_coef:
-                drawn = [sft_data[i] for i in shuffled_indices(len(sft_data), args.seed, "sft", step, B)]
-                num_tokens = sum(sum(mask) for _, mask in drawn)
-                for _, ids, mask in micro_batches(drawn, args.micro_batch_tokens, device):
-                    with autocast(device):
-                        logprobs, _ = token_logprobs(policy, ids, mask)
-                    run.backward(args.sft_coef * sft_loss(logprobs, mask, num_tokens))
-                    step_means.add(mask, sft_loss=-logprobs)
+            for _, ids, mask in sft_batches:
+                with autocast(device):
+                    logprobs, _ = token_logprobs(policy, ids, mask)
+                run.backward(args.sft_coef * sft_loss(logprobs, mask, sft_tokens))
+                step_means.add(mask, sft_loss=-logprobs)
 
             # (5) update
             lr = learning_rate(args, step, steps, peak_lr)
