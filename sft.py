@@ -203,19 +203,21 @@ def prompt_of(row: dict) -> str | list[dict]:
 
 
 def render(tokenizer, messages: list[dict], generation_prompt: bool = False) -> str:
-    """A conversation as text: by the chat template or, without one, prompt turns two newlines apart behind one BOS."""
-    if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-    turns = [message["content"] for message in messages]
-    text = "\n\n".join(turns) if generation_prompt else "\n\n".join(turns[:-1]) + turns[-1]
-    bos = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer.encode("a") else ""
-    return text if text.startswith(bos) else bos + text
+    """The text of a conversation under the tokenizer's chat template."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
 
 
 def encode_prompt(tokenizer, row: dict, system_prompt: str | None) -> list[int]:
-    """The one function that turns a prompt into ids. BOS is part of the text, so it comes once at most."""
-    messages = as_messages(prompt_of(row), system_prompt)
-    return tokenizer.encode(render(tokenizer, messages, generation_prompt=True), add_special_tokens=False)
+    """The one function that turns a prompt into ids: by the chat template where there is one, else as plain text.
+
+    Plain text gets one BOS if the tokenizer uses BOS; a template brings its own.
+    """
+    messages, bos = as_messages(prompt_of(row), system_prompt), tokenizer.bos_token_id
+    if tokenizer.chat_template:
+        return tokenizer.encode(render(tokenizer, messages, generation_prompt=True), add_special_tokens=False)
+    ids = tokenizer.encode("\n\n".join(message["content"] for message in messages), add_special_tokens=False)
+    uses_bos = bos is not None and bos in tokenizer.encode("a")
+    return [bos, *ids] if uses_bos and ids[:1] != [bos] else ids
 
 
 def encode_row(tokenizer, row: dict, system_prompt: str | None, eos_ids: list[int]) -> tuple[list[int], list[int]]:
@@ -234,17 +236,20 @@ def encode_row(tokenizer, row: dict, system_prompt: str | None, eos_ids: list[in
         raise ValueError("it needs an assistant turn: just one, as the last, if the tokenizer has no chat template")
     ids, mask, done = [], [], ""
     for i in turns:
-        prompt, turn = render(tokenizer, messages[:i], generation_prompt=True), render(tokenizer, messages[: i + 1])
-        if not (prompt.startswith(done) and turn.startswith(prompt)):
-            raise ValueError(f"the chat template changes what precedes turn {i} once it follows: give one row per turn")
-        prompt_ids = tokenizer.encode(prompt[len(done) :], add_special_tokens=False)
-        completion_ids = tokenizer.encode(turn[len(prompt) :], add_special_tokens=False)
+        if tokenizer.chat_template:
+            prompt, turn = render(tokenizer, messages[:i], generation_prompt=True), render(tokenizer, messages[: i + 1])
+            if not (prompt.startswith(done) and turn.startswith(prompt)):
+                raise ValueError(f"the chat template changes what precedes turn {i} once it follows: one row per turn")
+            prompt_ids = tokenizer.encode(prompt[len(done) :], add_special_tokens=False)
+            completion, done = turn[len(prompt) :], turn
+        else:
+            prompt_ids, completion = encode_prompt(tokenizer, {"prompt": messages[:i]}, None), messages[i]["content"]
+        completion_ids = tokenizer.encode(completion, add_special_tokens=False)
         ends = [k + 1 for k, token in enumerate(completion_ids) if token in eos_ids]
         if not ends:
             completion_ids, ends = [*completion_ids, tokenizer.eos_token_id], [len(completion_ids) + 1]
         ids += prompt_ids + completion_ids  # what the template puts after the end of turn, a newline say, has mask 0
         mask += [0] * len(prompt_ids) + [1] * ends[-1] + [0] * (len(completion_ids) - ends[-1])
-        done = turn
     length = len(mask) - mask[::-1].index(1)
     return ids[:length], mask[:length]
 

@@ -1,0 +1,592 @@
+"""Measures the scripts: one command for each question.
+
+    python tests/benchmark.py rollout       how fast is the rollout, against model.generate?
+    python tests/benchmark.py memory        what do log-probabilities cost in memory, against whole logits?
+    python tests/benchmark.py grpo          how long is one GRPO step, against TRL's GRPOTrainer?
+    python tests/benchmark.py acceptance    do the default runs reach their accuracy, and do the controls hold?
+    python tests/benchmark.py curve         draws the learning curve of the default run
+
+Comparisons warm both sides up, then alternate them on the same machine, and print every pair, the medians and the
+median ratio. Measure on a machine that does nothing else. Set up: pip install -r requirements.txt
+-r tests/requirements.txt. Every command has --help.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import io
+import json
+import math
+import multiprocessing
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+import transformers
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import grpo  # noqa: E402
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def describe_machine() -> dict[str, str]:
+    """Hardware and versions, which belong to every figure."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in names if line.startswith("model name")]
+    packages = {}
+    for package in ("torch", "transformers", "trl"):
+        try:
+            packages[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            packages[package] = "not installed"
+    return {
+        "cpu": (names or [platform.processor() or platform.machine()])[0],
+        "cores": f"{os.cpu_count()}, torch threads {torch.get_num_threads()}",
+        "load": f"{os.getloadavg()[0]:.2f} runnable processes in the last minute",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "versions": "  ".join(f"{name} {v}" for name, v in {"python": platform.python_version(), **packages}.items()),
+    }
+
+
+def print_machine():
+    """`describe_machine`, a line for each entry."""
+    for name, text in describe_machine().items():
+        print(f"{name}: {text}")
+    print(flush=True)
+
+
+def print_pairs(other: str, unit: str, ours: list[float], theirs: list[float], digits: int = 2) -> float:
+    """Every pair, the medians and the median ratio ours / theirs, which is returned."""
+    print(f"\n| pair | this repository, {unit} | {other}, {unit} | ratio |\n|---|---|---|---|")
+    ratios = [a / b for a, b in zip(ours, theirs)]
+    rows = [(str(i + 1), *row) for i, row in enumerate(zip(ours, theirs, ratios))]
+    for name, a, b, ratio in [*rows, ("median", median(ours), median(theirs), median(ratios))]:
+        print(f"| {name} | {a:,.{digits}f} | {b:,.{digits}f} | {ratio:.3f} |")
+    return median(ratios)
+
+
+def print_aim(what: str, met: bool):
+    """Whether a figure is what it should be."""
+    print(f"{'met' if met else 'MISSED'}: {what}", flush=True)
+
+
+def alternate(ours: Callable, theirs: Callable, pairs: int) -> tuple[list, list]:
+    """The results of ours(i) and theirs(i) for i = 1 ... pairs after a warm-up, i = 0; every other pair is swapped."""
+    results = {ours: [], theirs: []}
+    for i in range(pairs + 1):
+        for side in (ours, theirs) if i % 2 else (theirs, ours):
+            result = side(i)
+            if i > 0:
+                results[side].append(result)
+        print("warmed up" if i == 0 else f"pair {i} of {pairs} done", file=sys.stderr, flush=True)
+    return results[ours], results[theirs]
+
+
+def synchronize():
+    """Waits until the GPU, if there is one, has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def check_model(model: str):
+    """Ends the command if there is no such folder."""
+    grpo.require(Path(model).is_dir(), f"--model {model}: there is no such folder; `python sft.py` makes runs/sft")
+
+
+# ------------------------------------------------------------------------------------------------------------- rollout
+
+
+def rollout(
+    model: str = "runs/sft", pairs: int = 5, num_prompts: int = 64, num_samples: int = 16, max_new_tokens: int = 64
+):
+    """The rollout against `model.generate`: same model, held-out prompts, sampling and limits, in tokens per second.
+
+    Both sides count the tokens of their completions up to and including EOS. The time of this repository's side
+    includes the random draws and the sampling log-probabilities, which `model.generate` is not asked for.
+
+    Args:
+        model: Folder of the model.
+        pairs: Measurements of each side.
+        num_prompts: Prompts, all in one batch.
+        num_samples: Completions sampled for each prompt.
+        max_new_tokens: Longest completion, in tokens.
+    """
+    check_model(model)
+    print_machine()
+    tokenizer, eos_ids = grpo.load_tokenizer(model, max_new_tokens)
+    policy = grpo.load_model(model, grpo.pick_device()).eval()
+    prompts = [grpo.encode_prompt(tokenizer, row, None) for row in grpo.arithmetic_rows("test", num_prompts)]
+    width, num_rows, device = max(map(len, prompts)), num_prompts * num_samples, policy.device
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(x)) + x for x in prompts], device=device)
+    seen = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=device)
+    stops = torch.tensor(eos_ids, device=device)
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": num_samples}
+    options |= {"max_new_tokens": max_new_tokens, "eos_token_id": eos_ids, "pad_token_id": tokenizer.pad_token_id}
+
+    def ours(draw: int) -> tuple[int, float]:
+        synchronize()
+        clock = time.perf_counter()
+        uniforms = grpo.draw_uniforms(0, "benchmark", draw, num_rows, max_new_tokens)
+        completions, _ = grpo.rollout(policy, prompts, num_samples, 1.0, eos_ids, uniforms, num_rows)
+        synchronize()
+        return sum(map(len, completions)), time.perf_counter() - clock
+
+    def theirs(draw: int) -> tuple[int, float]:
+        torch.manual_seed(draw)
+        synchronize()
+        clock = time.perf_counter()
+        with grpo.autocast(device):
+            completions = policy.generate(input_ids=ids, attention_mask=seen, **options)[:, width:]
+        synchronize()
+        seconds = time.perf_counter() - clock
+        before = torch.isin(completions, stops).int().cumsum(1) == 0  # the tokens before the first EOS
+        return int((before.sum(1) + 1).clamp(max=completions.shape[1]).sum()), seconds
+
+    mine, others = alternate(ours, theirs, pairs)
+    print(f"{num_prompts} prompts x {num_samples} samples, at most {max_new_tokens} new tokens, {policy.device}")
+    for name, side in (("this repository", mine), ("model.generate", others)):
+        length, seconds = mean(tokens for tokens, _ in side) / num_rows, median(seconds for _, seconds in side)
+        print(f"{name}: mean completion {length:.2f} tokens, median {seconds:.3f} s")
+    ratio = print_pairs("model.generate", "tokens/s", *([a / b for a, b in side] for side in (mine, others)), digits=0)
+    print_aim("at least 1.5 times as fast", ratio >= 1.5)
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def status_bytes(field: str) -> int | None:
+    """VmRSS (resident memory now) or VmHWM (its peak) of this process, in bytes; None where there is no /proc."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
+
+
+def measure_memory(side: str, num_tokens: int, folder: str) -> float:
+    """Peak bytes of a forward and backward pass above weights and gradients. Runs in a process of its own.
+
+    side: `ours` (token_logprobs) or `logits` (model(ids).logits.log_softmax(-1)). Writes the log-probabilities and
+    the gradients to `folder`/`side`.pt.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = transformers.Qwen3Config(
+        vocab_size=151_936, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(config).to(device)
+    num_rows = 8
+    ids = torch.randint(config.vocab_size, (num_rows, num_tokens // num_rows + 1), device=device)
+    weights = torch.randn(ids.shape, device=device)  # what each log-probability counts for in the loss
+    mask = torch.ones(ids.shape, device=device)
+    mask[:, 0] = 0.0  # nothing precedes the first token
+
+    def forward_and_backward(ids, mask, weights):
+        if side == "ours":
+            logprobs, _ = grpo.token_logprobs(model, ids, mask)
+            logprobs = logprobs[:, 1:]
+        else:
+            logprobs = model(ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+        (logprobs * weights[:, 1:]).sum().backward()
+        return logprobs.detach()
+
+    forward_and_backward(ids[:1, :9], mask[:1, :9], weights[:1, :9])  # what the libraries allocate once, they have now
+    for parameter in model.parameters():
+        parameter.grad.zero_()  # stays allocated: the baseline holds weights and gradients
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        baseline = torch.cuda.memory_allocated()
+    else:
+        with contextlib.suppress(OSError):  # then the peak may be that of the start-up: too high, never too low
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        unit = 1 if sys.platform == "darwin" else 1024
+        baseline = status_bytes("VmRSS") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    logprobs = forward_and_backward(ids, mask, weights)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    gradients = {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}
+    torch.save({"logprobs": logprobs.cpu(), "gradients": gradients}, Path(folder) / f"{side}.pt")
+    return peak - baseline
+
+
+def memory(pairs: int = 3, num_tokens: int = 2048):
+    """Peak memory of `token_logprobs` against whole logits, for 151,936 words and width 128, forward and backward.
+
+    Counted above weights and gradients, each measurement in a fresh process: resident memory on the CPU, allocated
+    memory on CUDA. The log-probabilities and gradients of both sides are compared.
+
+    Args:
+        pairs: Measurements of each side.
+        num_tokens: Completion tokens, a multiple of 8.
+    """
+    grpo.require(num_tokens >= 8 and num_tokens % 8 == 0, f"--num-tokens {num_tokens}: must be a multiple of 8")
+    print_machine()
+    sizes = {"ours": [], "logits": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(pairs):
+            for side in sorted(sizes, reverse=i % 2 == 0):
+                context = multiprocessing.get_context("spawn")
+                with ProcessPoolExecutor(1, mp_context=context) as pool:
+                    sizes[side].append(pool.submit(measure_memory, side, num_tokens, folder).result() / 2**20)
+        ours, logits = (torch.load(Path(folder) / f"{side}.pt", weights_only=True) for side in ("ours", "logits"))
+    value_gap = (ours["logprobs"] - logits["logprobs"]).abs().max().item()
+    gaps = {name: gradient - logits["gradients"][name] for name, gradient in ours["gradients"].items()}
+    gradient_gap = max(gap.abs().max().item() for gap in gaps.values())
+    norms = [sum(x.double().square().sum() for x in xs.values()).sqrt() for xs in (gaps, logits["gradients"])]
+    relative_gap = (norms[0] / norms[1]).item()
+    print(f"{num_tokens:,} completion tokens")
+    print(f"log-probabilities: max |difference| {value_gap:.1e} of values up to {logits['logprobs'].abs().max():.1f}")
+    print(f"gradients: max |difference| {gradient_gap:.1e}; norm of the difference {relative_gap:.1e} of their norm")
+    ratio = print_pairs("whole logits", "MiB", sizes["ours"], sizes["logits"], digits=0)
+    print_aim("at most a quarter of the memory", ratio <= 0.25)
+    print_aim("equal values (to 1e-4) and gradients (to 1e-5 of their norm)", value_gap < 1e-4 and relative_gap < 1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------- grpo
+
+
+class StepTimes(transformers.TrainerCallback):
+    """Seconds of every step of a trainer: generation, rewards, loss and update, without logging."""
+
+    def __init__(self):
+        self.seconds, self.clock = [], 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        synchronize()
+        self.clock = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        synchronize()
+        self.seconds.append(time.perf_counter() - self.clock)
+
+
+@dataclasses.dataclass
+class Steps:
+    """What one side did in the steps of one round, a value for each."""
+
+    seconds: list[float]
+    rewards: list[float]
+    lengths: list[float]
+    rollout_seconds: list[float] = dataclasses.field(default_factory=list)
+
+
+def our_steps(settings: grpo.Args) -> Steps:
+    """`grpo.main`, its steps read from its metrics."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        grpo.main(settings)
+    rows = read_metrics(settings.out)[1:]
+    names = ("time/step_s", "reward", "completion_length", "time/rollout_s")
+    return Steps(*([row[name] for row in rows] for name in names))
+
+
+def trl_steps(settings: grpo.Args, batch_size: int) -> Steps:
+    """TRL's GRPOTrainer: same settings, same prompts in the same order, `batch_size` completions in one pass."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer, eos_ids = grpo.load_tokenizer(settings.model, settings.max_prompt_length + settings.max_new_tokens)
+    rows, data = grpo.arithmetic_rows("train", 20_000), []
+    for step in range(1, settings.steps + 1):
+        for i in grpo.shuffled_indices(len(rows), settings.seed, "prompts", step, settings.prompts_per_step):
+            text, answer = rows[i]["prompt"], rows[i]["answer"]
+            prompt = [{"role": "user", "content": text}] if tokenizer.chat_template else text
+            data.append({"prompt": prompt, "answer": answer})
+
+    def exact_match(completions, answer, **kwargs) -> list[float]:
+        texts = [x if isinstance(x, str) else x[0]["content"] for x in completions]
+        return [grpo.exact_match(text, expected) for text, expected in zip(texts, answer)]
+
+    warnings.simplefilter("ignore", FutureWarning)  # TRL and transformers disagree about names
+    device, times = grpo.pick_device(), StepTimes()
+    num_passes = settings.prompts_per_step * settings.group_size // batch_size
+    config = GRPOConfig(
+        output_dir=settings.out,
+        per_device_train_batch_size=batch_size,
+        num_generations=settings.group_size,
+        gradient_accumulation_steps=num_passes,
+        steps_per_generation=num_passes,  # one rollout for each optimizer step
+        max_steps=settings.steps,
+        max_completion_length=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=0,
+        top_p=1.0,
+        beta=settings.kl_coef,
+        loss_type="grpo",
+        scale_rewards="group",
+        epsilon=settings.clip_eps,
+        learning_rate=settings.lr,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=settings.warmup_steps,
+        adam_beta2=settings.adam_beta2,
+        weight_decay=0.0,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=device.type == "cuda",  # as autocast in grpo.py
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        shuffle_dataset=False,
+        use_vllm=False,
+        seed=settings.seed,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+    model.generation_config.eos_token_id = eos_ids
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = GRPOTrainer(model, exact_match, config, Dataset.from_list(data), None, tokenizer, callbacks=[times])
+        trainer.train()
+    logs = [row for row in trainer.state.log_history if "reward" in row]
+    return Steps(times.seconds, [row["reward"] for row in logs], [row["completions/mean_length"] for row in logs])
+
+
+def grpo_step(
+    model: str = "runs/sft",
+    pairs: int = 5,
+    steps: int = 8,
+    prompts_per_step: int = 32,
+    group_size: int = 8,
+    micro_batch_tokens: int = grpo.Args.micro_batch_tokens,
+    trl_batch_size: int | None = None,
+):
+    """One GRPO step (rollout, reward, loss, update) against TRL's GRPOTrainer: same model, prompts and settings.
+
+    A pair is one short run of each side from the same weights; the time of a run is the median of its steps, the
+    first left out. No KL, no gradient checkpointing, one optimizer step for each rollout, float32 on the CPU.
+
+    Args:
+        model: Folder of the model.
+        pairs: Runs of each side.
+        steps: Steps of each run; the first is not counted.
+        prompts_per_step: Prompts per rollout.
+        group_size: Completions sampled per prompt.
+        micro_batch_tokens: Most tokens in one forward and backward pass of this repository.
+        trl_batch_size: Completions in one forward and backward pass of TRL, which accumulates gradients over the step;
+            default: all of the step's at once.
+    """
+    check_model(model)
+    grpo.require(steps >= 2, f"--steps {steps}: must be at least 2, the first is not counted")
+    num_sequences = prompts_per_step * group_size
+    trl_batch_size = trl_batch_size or num_sequences
+    divides = num_sequences % trl_batch_size == 0
+    grpo.require(divides, f"--trl-batch-size {trl_batch_size}: must divide the step's {num_sequences} completions")
+    try:
+        import trl  # noqa: F401
+    except ImportError as error:
+        raise SystemExit(f"{error}: pip install -r tests/requirements.txt") from error
+    print_machine()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = grpo.Args(
+            model=model, prompts_per_step=prompts_per_step, group_size=group_size, kl_coef=0.0, lr=3e-4,
+            lr_schedule="constant", max_new_tokens=64, eval_size=8, eval_every=10**9, save_every=10**9,
+            sample_every=10**9, micro_batch_tokens=micro_batch_tokens,
+        )  # fmt: skip
+
+        def ours(i: int) -> Steps:
+            return our_steps(dataclasses.replace(settings, seed=i, steps=steps if i else 2, out=f"{folder}/ours-{i}"))
+
+        def theirs(i: int) -> Steps:
+            changes = {"seed": i, "steps": steps if i else 2, "out": f"{folder}/trl-{i}"}
+            return trl_steps(dataclasses.replace(settings, **changes), trl_batch_size)
+
+        mine, others = alternate(ours, theirs, pairs)
+    print(f"{prompts_per_step} prompts x {group_size} samples, {pairs} runs of {steps} steps, {grpo.pick_device()}")
+    print(f"one pass: {micro_batch_tokens:,} tokens (this repository), {trl_batch_size} completions (TRL)")
+    for name, side in (("this repository", mine), ("TRL", others)):
+        reward, length = mean(x for run in side for x in run.rewards), mean(x for run in side for x in run.lengths)
+        print(f"{name}: mean reward {reward:.3f}, mean completion {length:.2f} tokens (both sides should agree)")
+    rollout_seconds = median(x for run in mine for x in run.rollout_seconds[1:])
+    print(f"this repository: {rollout_seconds:.3f} s of the step is rollout")
+    ratio = print_pairs(
+        "TRL", "s/step", *([median(run.seconds[1:]) for run in side] for side in (mine, others)), digits=3
+    )
+    print_aim("at most 0.6 of TRL's time", ratio <= 0.6)
+
+
+# ---------------------------------------------------------------------------------------------------------- acceptance
+
+CONTROLS = '''"""Rewards that must not help: written by tests/benchmark.py."""
+
+import hashlib
+
+from grpo import exact_match
+
+
+def negated(prompts, completions, rows):
+    return [-exact_match(completion, row["answer"]) for completion, row in zip(completions, rows)]
+
+
+def random(prompts, completions, rows):
+    """In [0, 1), the same whenever the same prompt gets the same completion, and blind to whether it is right."""
+    digests = [hashlib.sha256(repr(pair).encode()).digest() for pair in zip(prompts, completions)]
+    return [int.from_bytes(digest[:6], "big") / 2**48 for digest in digests]
+'''
+
+
+def read_metrics(folder: str | Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_script(folder: Path, name: str, script: str, flags: list[str]) -> dict:
+    """Runs `script`, unless `folder`/`name`.json says that it has run with these flags; returns what that file holds.
+
+    The run's output goes to `folder`/`name`, what it prints to `folder`/`name`.log.
+    """
+    result_file, args_file = folder / f"{name}.json", folder / name / "args.json"
+    version = zlib.crc32((ROOT / script).read_bytes())
+    if result_file.exists() and args_file.exists() and "finished" in json.loads(args_file.read_text()):
+        result = json.loads(result_file.read_text())
+        if result["flags"] == flags:
+            changed = (
+                "" if result["script_crc32"] == version else f"; {script} HAS CHANGED since: remove it to run anew"
+            )
+            print(f"{name}: found in {folder}{changed}", flush=True)
+            return result
+    print(f"{name}: {script} {' '.join(flags)}", flush=True)
+    command = [sys.executable, str(ROOT / script), *flags, "--out", str(folder / name), "--overwrite"]
+    clock = time.perf_counter()
+    with open(folder / f"{name}.log", "w") as log:
+        process = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+    seconds = time.perf_counter() - clock
+    log_tail = "\n".join((folder / f"{name}.log").read_text().splitlines()[-20:])
+    grpo.require(process.returncode == 0, f"{name} ended with {process.returncode}:\n{log_tail}")
+    rows = read_metrics(folder / name)
+    accuracies = {}
+    for when, row in (("before", rows[0]), ("after", rows[-1])):
+        accuracies |= {f"{when}_{how}": row[f"eval/accuracy_{how}"] for how in ("sampled", "greedy")}
+    result = {"script": script, "flags": flags, "script_crc32": version, "seconds": seconds, **accuracies}
+    grpo.write_beside(result_file, json.dumps(result, indent=2))
+    return result
+
+
+def acceptance(seeds: tuple[int, ...] = (0, 1, 2), out: str = "runs/acceptance", quick: bool = False):
+    """The default runs, sft.py and then grpo.py, for every seed, and the controls; a table with every seed.
+
+    Accuracy is that on 1,000 held-out prompts. The controls start from the first seed's SFT model: with the reward
+    negated accuracy falls, with a random one it does not rise. What an earlier call has finished is not run again.
+
+    Args:
+        seeds: Seeds of the default runs.
+        out: Folder for the runs and for results.json.
+        quick: A few steps of everything, only to see that the command works.
+    """
+    grpo.require(len(seeds) > 0, "--seeds: give at least one")
+    print_machine()
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    grpo.write_beside(folder / "controls.py", CONTROLS)
+    short = ["--eval-size", "64", "--steps"]
+    results, sft, trained = {}, [], []
+    for seed in seeds:
+        flags = ["--seed", str(seed), *([*short, "20"] if quick else [])]
+        sft.append(run_script(folder, f"sft-{seed}", "sft.py", flags))
+        flags = ["--seed", str(seed), "--model", str(folder / f"sft-{seed}"), *([*short, "3"] if quick else [])]
+        trained.append(run_script(folder, f"grpo-{seed}", "grpo.py", flags))
+        results |= {f"sft.py, seed {seed}": sft[-1], f"grpo.py, seed {seed}": trained[-1]}
+    controls = {}
+    for control in ("negated", "random"):
+        flags = ["--seed", str(seeds[0]), "--model", str(folder / f"sft-{seeds[0]}")]
+        flags += ["--reward", f"{folder / 'controls.py'}:{control}", *(short if quick else ["--steps"])]
+        flags += ["3" if quick else "60"]
+        controls[control] = run_script(folder, f"{control}-{seeds[0]}", "grpo.py", flags)
+    columns = ("seconds", "before_sampled", "after_sampled", "before_greedy", "after_greedy")
+    means = [{column: mean(run[column] for run in side) for column in columns} for side in (sft, trained)]
+    results |= {"**sft.py, mean**": means[0], "**grpo.py, mean**": means[1]}
+    results |= {f"control: {name} reward, seed {seeds[0]}": run for name, run in controls.items()}
+    grpo.write_beside(folder / "results.json", json.dumps({"machine": describe_machine(), "runs": results}, indent=2))
+
+    print(
+        "\n| run | seconds | sampled before | sampled after | greedy before | greedy after |\n|---|---|---|---|---|---|"
+    )
+    for name, run in results.items():
+        print(f"| {name} | {run['seconds']:.0f} | " + " | ".join(f"{run[column]:.3f}" for column in columns[1:]) + " |")
+    print()
+    slowest = max(a["seconds"] + b["seconds"] for a, b in zip(sft, trained))
+    print_aim(f"both scripts in at most 300 s (slowest seed: {slowest:.0f} s)", slowest <= 300)
+    print_aim("after sft.py between 0.45 and 0.75 sampled, mean", 0.45 <= means[0]["after_sampled"] <= 0.75)
+    print_aim("after sft.py below 0.85 greedy, mean", means[0]["after_greedy"] < 0.85)
+    print_aim("after grpo.py at least 0.94 sampled, mean", means[1]["after_sampled"] >= 0.94)
+    print_aim("after grpo.py at least 0.97 greedy, mean", means[1]["after_greedy"] >= 0.97)
+    for how in ("sampled", "greedy"):
+        before, after = (controls["negated"][f"{when}_{how}"] for when in ("before", "after"))
+        noise = 2 * math.sqrt(before * (1 - before) / (64 if quick else 1000))  # two standard errors of an accuracy
+        print_aim(f"{how} accuracy falls with the reward negated: {after - before:+.3f}", after < before - noise)
+        before, after = (controls["random"][f"{when}_{how}"] for when in ("before", "after"))
+        rise = f"{after - before:+.3f}, noise {noise:.3f}"
+        print_aim(f"{how} accuracy does not rise with a random reward: {rise}", after <= before + noise)
+
+
+# --------------------------------------------------------------------------------------------------------------- curve
+
+
+def curve(runs: tuple[str, str] = ("runs/sft", "runs/grpo"), out: str = "tests/learning_curve.png"):
+    """Draws the learning curve of a run of sft.py and of the run of grpo.py that followed it, as a PNG.
+
+    Args:
+        runs: Output folders of sft.py and of grpo.py.
+        out: The image, or a folder for learning_curve.png.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    for folder, script in zip(runs, ("sft.py", "grpo.py")):
+        found = (Path(folder) / "metrics.jsonl").exists()
+        grpo.require(found, f"--runs {folder} holds no run: `python {script}` makes one")
+    grey, blue, orange, green = "#8a8f98", "#1f5fa8", "#d9730d", "#2a7f4f"
+    pyplot.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.grid": True, "grid.color": "#e6e6e6"})
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), dpi=100, layout="constrained")
+    rows = read_metrics(runs[0])
+    left.set(title="sft.py", xlabel="step", ylabel="loss, nats per token (log scale)", yscale="log")
+    lines = draw(left, rows, "loss", "training loss", color=grey, linewidth=0.8)
+    lines += draw(left, rows, "eval/loss", "held-out loss", color=green, marker="D", linestyle="none")
+    left.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    second = left.twinx()  # accuracy has a scale of its own
+    second.set(ylabel="accuracy", ylim=(0, 1.02))
+    second.grid(False)
+    lines += draw(second, rows, "eval/accuracy_sampled", "held-out accuracy, sampled", color=blue, marker="o")
+    lines += draw(second, rows, "eval/accuracy_greedy", "held-out accuracy, greedy", color=orange, marker="s")
+    left.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
+    rows = read_metrics(runs[1])
+    right.set(title="grpo.py", xlabel="step", ylabel="accuracy, reward")
+    right.spines["right"].set_visible(False)
+    lines = draw(right, rows, "reward", "mean reward of the step", color=grey, linewidth=0.8)
+    lines += draw(right, rows, "eval/accuracy_sampled", "held-out accuracy, sampled", color=blue, marker="o")
+    lines += draw(right, rows, "eval/accuracy_greedy", "held-out accuracy, greedy", color=orange, marker="s")
+    right.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
+    path = Path(out) / "learning_curve.png" if Path(out).is_dir() else Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    print(f"wrote {path}")
+
+
+def draw(axes, rows: list[dict], name: str, label: str, **style) -> list:
+    """The metric `name` over the steps that have it; returns the lines, for the legend."""
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    return axes.plot(*zip(*points), label=label, **style)
+
+
+if __name__ == "__main__":
+    commands = {"rollout": rollout, "memory": memory, "grpo": grpo_step, "acceptance": acceptance, "curve": curve}
+    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
