@@ -216,14 +216,22 @@ def encode_prompt(tokenizer, row: dict, system_prompt: str | None) -> list[int]:
     if tokenizer.chat_template:
         return tokenizer.encode(render(tokenizer, messages, generation_prompt=True), add_special_tokens=False)
     ids = tokenizer.encode("\n\n".join(message["content"] for message in messages), add_special_tokens=False)
-    uses_bos = bos is not None and bos in tokenizer.encode("a")
+    uses_bos = bos is not None and tokenizer.encode("a")[:1] == [bos]
     return [bos, *ids] if uses_bos and ids[:1] != [bos] else ids
+
+
+def extend(tokenizer, ids: list[int], done: str, text: str) -> list[int]:
+    """Ids of what `text` adds to its beginning `done` with the ids `ids`: in context if that keeps them, else alone."""
+    whole = tokenizer.encode(text, add_special_tokens=False)
+    if whole[: len(ids)] == ids:
+        return whole[len(ids) :]
+    return tokenizer.encode(text[len(done) :], add_special_tokens=False)
 
 
 def encode_row(tokenizer, row: dict, system_prompt: str | None, eos_ids: list[int]) -> tuple[list[int], list[int]]:
     """A row of SFT data as ids and mask: 1 on every assistant turn up to and including its end of turn, else 0.
 
-    Turns are encoded piece by piece, so that a prompt has the very ids that sampling will start from.
+    Turns extend what precedes them, so that a prompt has the very ids that sampling will start from.
     Raises ValueError if the chat template changes earlier text once a turn follows.
     """
     if "messages" in row:
@@ -240,16 +248,16 @@ def encode_row(tokenizer, row: dict, system_prompt: str | None, eos_ids: list[in
             prompt, turn = render(tokenizer, messages[:i], generation_prompt=True), render(tokenizer, messages[: i + 1])
             if not (prompt.startswith(done) and turn.startswith(prompt)):
                 raise ValueError(f"the chat template changes what precedes turn {i} once it follows: one row per turn")
-            prompt_ids = tokenizer.encode(prompt[len(done) :], add_special_tokens=False)
-            completion, done = turn[len(prompt) :], turn
+            prompt_ids = extend(tokenizer, ids, done, prompt)
+            completion_ids, done = extend(tokenizer, ids + prompt_ids, prompt, turn), turn
         else:
-            prompt_ids, completion = encode_prompt(tokenizer, {"prompt": messages[:i]}, None), messages[i]["content"]
-        completion_ids = tokenizer.encode(completion, add_special_tokens=False)
+            prompt_ids = encode_prompt(tokenizer, {"prompt": messages[:i]}, None)
+            completion_ids = tokenizer.encode(messages[i]["content"], add_special_tokens=False)
         ends = [k + 1 for k, token in enumerate(completion_ids) if token in eos_ids]
         if not ends:
             completion_ids, ends = [*completion_ids, tokenizer.eos_token_id], [len(completion_ids) + 1]
         ids += prompt_ids + completion_ids  # what the template puts after the end of turn, a newline say, has mask 0
-        mask += [0] * len(prompt_ids) + [1] * ends[-1] + [0] * (len(completion_ids) - ends[-1])
+        mask += [0] * len(prompt_ids) + [1] * ends[0] + [0] * (len(completion_ids) - ends[0])
     length = len(mask) - mask[::-1].index(1)
     return ids[:length], mask[:length]
 
@@ -300,15 +308,19 @@ def token_logprobs(model, ids: Tensor, mask: Tensor, temperature: float = 1.0) -
         checkpoint(head_logprobs, head, h, y, temperature, use_reentrant=False)
         for h, y in zip(hidden.split(chunk), targets.split(chunk))
     ]
-    logprobs, entropy = (torch.cat(parts) for parts in zip(*results))
+    logprobs, entropy = torch.cat(results, 1)  # (num_actions,) each
     zeros = torch.zeros(ids.shape, device=ids.device)
     return zeros.index_put((n, t), logprobs), zeros.index_put((n, t), entropy)
 
 
-def head_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability of `targets` (M,) and entropy (M,) from `hidden` (M, D), in float32."""
+def head_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Log-probability of `targets` (M,) and entropy from `hidden` (M, D), in float32: (2, M).
+
+    In one tensor, because a backward pass that reached only one of them would keep what it recomputed for the other.
+    """
     logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (M, V)
-    return logprobs.gather(1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return torch.stack([logprobs.gather(1, targets[:, None])[:, 0], entropy])
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation

@@ -365,7 +365,7 @@ def grpo_step(
     steps: int = 8,
     prompts_per_step: int = 32,
     group_size: int = 8,
-    micro_batch_tokens: int = grpo.Args.micro_batch_tokens,
+    micro_batch_tokens: int | None = grpo.Args.micro_batch_tokens,
     trl_batch_size: int | None = None,
 ):
     """One GRPO step (rollout, reward, loss, update) against TRL's GRPOTrainer: same model, prompts and settings.
@@ -410,7 +410,7 @@ def grpo_step(
 
         mine, others = alternate(ours, theirs, pairs)
     print(f"{prompts_per_step} prompts x {group_size} samples, {pairs} runs of {steps} steps, {grpo.pick_device()}")
-    print(f"one pass: {micro_batch_tokens:,} tokens (this repository), {trl_batch_size} completions (TRL)")
+    print(f"--micro-batch-tokens {micro_batch_tokens} (this repository), {trl_batch_size} completions a pass (TRL)")
     for name, side in (("this repository", mine), ("TRL", others)):
         reward, length = mean(x for run in side for x in run.rewards), mean(x for run in side for x in run.lengths)
         print(f"{name}: mean reward {reward:.3f}, mean completion {length:.2f} tokens (both sides should agree)")
@@ -447,20 +447,20 @@ def read_metrics(folder: str | Path) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-def run_script(folder: Path, name: str, script: str, flags: list[str]) -> dict:
-    """Runs `script`, unless `folder`/`name`.json says that it has run with these flags; returns what that file holds.
+def run_script(folder: Path, name: str, script: str, flags: list[str], parent: str = "") -> dict:
+    """Runs `script`, unless `folder`/`name`.json says that it has run so; returns what that file holds.
 
-    The run's output goes to `folder`/`name`, what it prints to `folder`/`name`.log.
+    The run's output goes to `folder`/`name`, what it prints to `folder`/`name`.log. parent: the run whose model this
+    one starts from; if that is newer, this one runs again.
     """
-    result_file, args_file = folder / f"{name}.json", folder / name / "args.json"
+    result_file, parent_file = folder / f"{name}.json", folder / f"{parent}.json"
     version = zlib.crc32((ROOT / script).read_bytes())
-    if result_file.exists() and args_file.exists() and "finished" in json.loads(args_file.read_text()):
+    if result_file.exists() and (folder / name / "config.json").exists():
         result = json.loads(result_file.read_text())
-        if result["flags"] == flags:
-            changed = (
-                "" if result["script_crc32"] == version else f"; {script} HAS CHANGED since: remove it to run anew"
-            )
-            print(f"{name}: found in {folder}{changed}", flush=True)
+        stale = parent and parent_file.stat().st_mtime > result_file.stat().st_mtime
+        if result["flags"] == flags and not stale:
+            changed = f"; {script} HAS CHANGED since: remove it to run anew"
+            print(f"{name}: found in {folder}{changed if result['script_crc32'] != version else ''}", flush=True)
             return result
     print(f"{name}: {script} {' '.join(flags)}", flush=True)
     command = [sys.executable, str(ROOT / script), *flags, "--out", str(folder / name), "--overwrite"]
@@ -475,6 +475,7 @@ def run_script(folder: Path, name: str, script: str, flags: list[str]) -> dict:
     for when, row in (("before", rows[0]), ("after", rows[-1])):
         accuracies |= {f"{when}_{how}": row[f"eval/accuracy_{how}"] for how in ("sampled", "greedy")}
     result = {"script": script, "flags": flags, "script_crc32": version, "seconds": seconds, **accuracies}
+    result["machine"] = describe_machine()
     grpo.write_beside(result_file, json.dumps(result, indent=2))
     return result
 
@@ -498,26 +499,23 @@ def acceptance(seeds: tuple[int, ...] = (0, 1, 2), out: str = "runs/acceptance",
     short = ["--eval-size", "64", "--steps"]
     results, sft, trained = {}, [], []
     for seed in seeds:
-        flags = ["--seed", str(seed), *([*short, "20"] if quick else [])]
-        sft.append(run_script(folder, f"sft-{seed}", "sft.py", flags))
-        flags = ["--seed", str(seed), "--model", str(folder / f"sft-{seed}"), *([*short, "3"] if quick else [])]
-        trained.append(run_script(folder, f"grpo-{seed}", "grpo.py", flags))
+        flags, parent = ["--seed", str(seed)], f"sft-{seed}"
+        sft.append(run_script(folder, parent, "sft.py", [*flags, *([*short, "20"] if quick else [])]))
+        flags += ["--model", str(folder / parent), *([*short, "3"] if quick else [])]
+        trained.append(run_script(folder, f"grpo-{seed}", "grpo.py", flags, parent))
         results |= {f"sft.py, seed {seed}": sft[-1], f"grpo.py, seed {seed}": trained[-1]}
-    controls = {}
-    for control in ("negated", "random"):
-        flags = ["--seed", str(seeds[0]), "--model", str(folder / f"sft-{seeds[0]}")]
-        flags += ["--reward", f"{folder / 'controls.py'}:{control}", *(short if quick else ["--steps"])]
-        flags += ["3" if quick else "60"]
-        controls[control] = run_script(folder, f"{control}-{seeds[0]}", "grpo.py", flags)
+    controls, parent = {}, f"sft-{seeds[0]}"
+    for name in ("negated", "random"):
+        flags = ["--seed", str(seeds[0]), "--model", str(folder / parent), "--reward", f"{folder}/controls.py:{name}"]
+        flags += [*short, "3"] if quick else ["--steps", "60"]
+        controls[name] = run_script(folder, f"{name}-{seeds[0]}", "grpo.py", flags, parent)
     columns = ("seconds", "before_sampled", "after_sampled", "before_greedy", "after_greedy")
     means = [{column: mean(run[column] for run in side) for column in columns} for side in (sft, trained)]
     results |= {"**sft.py, mean**": means[0], "**grpo.py, mean**": means[1]}
     results |= {f"control: {name} reward, seed {seeds[0]}": run for name, run in controls.items()}
-    grpo.write_beside(folder / "results.json", json.dumps({"machine": describe_machine(), "runs": results}, indent=2))
+    grpo.write_beside(folder / "results.json", json.dumps(results, indent=2))
 
-    print(
-        "\n| run | seconds | sampled before | sampled after | greedy before | greedy after |\n|---|---|---|---|---|---|"
-    )
+    print("\n| run | seconds | sampled before | after | greedy before | after |\n|---|---|---|---|---|---|")
     for name, run in results.items():
         print(f"| {name} | {run['seconds']:.0f} | " + " | ".join(f"{run[column]:.3f}" for column in columns[1:]) + " |")
     print()

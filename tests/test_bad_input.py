@@ -147,7 +147,7 @@ def refused(name: str, wanted: dict, *words: str) -> str:
     return message
 
 
-# --------------------------------------------------------------------------------------------------------------- numbers
+# -------------------------------------------------------------------------------------------------------------- numbers
 
 BAD_NUMBERS = [
     ("both", "max_new_tokens", 0),
@@ -195,9 +195,7 @@ BAD_NUMBERS = [
     ("grpo", "kl_stop", 0.0),
     ("grpo", "kl_stop", math.nan),
 ]
-BAD_NUMBERS = [
-    (name, flag, value) for who, flag, value in BAD_NUMBERS for name in SCRIPTS if who in (name, "both")
-]
+BAD_NUMBERS = [(name, flag, value) for who, flag, value in BAD_NUMBERS for name in SCRIPTS if who in (name, "both")]
 
 
 @pytest.mark.parametrize(("name", "flag", "value"), BAD_NUMBERS)
@@ -226,7 +224,7 @@ def test_a_number_out_of_range_names_its_flag(name, flag, value, data, tiny_fold
     ids=str,
 )
 def test_settings_that_do_not_fit_each_other_are_refused(changes, flags, data, tiny_folder, tmp_path):
-    """Sizes that do not divide, one weight too few or too many, and half of a pair of flags name the flags to change."""
+    """Sizes that do not divide, a weight too few or too many, and half of a pair of flags name the flags to change."""
     refused("grpo", settings("grpo", data, tiny_folder, tmp_path / "out", **changes), *flags)
 
 
@@ -316,7 +314,9 @@ def test_missing_columns_list_those_that_are_there(name, flag, data, tiny_folder
 def test_a_prompt_without_answer_is_not_enough(data, tiny_folder, tmp_path):
     """sft.py needs a completion; grpo.py needs an answer for --reward exact, and only for it."""
     dataset = f"{data}/no_answer.jsonl"
-    refused("sft", settings("sft", data, tiny_folder, tmp_path / "out", dataset=dataset), "prompt, source", "completion")
+    refused(
+        "sft", settings("sft", data, tiny_folder, tmp_path / "out", dataset=dataset), "prompt, source", "completion"
+    )
     wanted = settings("grpo", data, tiny_folder, tmp_path / "out", dataset=dataset)
     refused("grpo", {**wanted, "reward": ("exact",)}, "prompt, source", "answer")
     refused("grpo", {**wanted, "reward": ("format", "exact")}, "prompt, source", "answer")
@@ -342,7 +342,7 @@ def test_a_broken_file(name, file, data, tiny_folder, tmp_path):
 @BOTH
 @pytest.mark.parametrize("file", ["none.jsonl", "blank_prompt.jsonl", "numbers.csv"])
 def test_a_prompt_that_is_no_text(name, file, data, tiny_folder, tmp_path):
-    """A prompt of None, an empty one and a number are refused with the row and its column; nothing is trained on them."""
+    """A prompt of None, an empty one and a number are refused, with the row and its column."""
     message = refused(name, settings(name, data, tiny_folder, tmp_path / "out", dataset=f"{data}/{file}"), "prompt")
     assert re.search(r"row (3|0)\b", message), message
 
@@ -362,7 +362,7 @@ def test_a_row_whose_answer_is_missing(data, tiny_folder, tmp_path):
 
 
 def test_sft_measures_no_accuracy_where_an_answer_is_missing(data, tiny_folder, tmp_path):
-    """Rows without answer train all the same; the evaluation then has a loss and no accuracy, rather than a wrong one."""
+    """Rows without answer train all the same; the evaluation then has a loss and no accuracy."""
     evaluation = {"eval_dataset": f"{data}/missing.jsonl", "eval_size": 10, "steps": 1}
     wanted = settings("sft", data, tiny_folder, tmp_path / "out", dataset=f"{data}/missing.jsonl", **evaluation)
     metrics = sft.main(sft.Args(**wanted))
@@ -414,7 +414,7 @@ def test_a_window_that_is_too_small(name, model, data, tiny_folder, tmp_path):
     refused(name, settings(name, data, tiny_folder, tmp_path / "out", **changes), "--m", "4096")
 
 
-# ---------------------------------------------------------------------------------------------------------------- reward
+# --------------------------------------------------------------------------------------------------------------- reward
 
 
 @pytest.mark.parametrize(
@@ -485,8 +485,8 @@ def reward(prompts, completions, rows):
     ],
 )
 def test_a_reward_that_fails_later_stops_the_run_with_its_row(fault, words, tiny_folder, data, tmp_path):
-    """The trial call, the first evaluation (two calls) and steps 1 and 2 work, step 3 fails: the run names the fault and
-    the row; the checkpoint of step 2 is whole, and with the file mended --resume ends like a run without the fault."""
+    """The trial call, the first evaluation (two calls) and steps 1 and 2 work, step 3 fails: the run names the fault
+    and the row; the checkpoint of step 2 is whole, and with the file mended --resume ends like a run without fault."""
     file = tmp_path / "later.py"
     file.write_text(LATER.replace("{fault}", fault))
     wanted = settings("grpo", data, tiny_folder, tmp_path / "out", reward=(f"{file}:reward",))
@@ -548,7 +548,7 @@ def test_a_reward_model_without_its_head(data, tiny_folder, tmp_path):
     refused("grpo", wanted, "--reward", "score")
 
 
-# --------------------------------------------------------------------------------------------------------- output folder
+# -------------------------------------------------------------------------------------------------------- output folder
 
 
 @pytest.fixture(scope="module")
@@ -598,7 +598,7 @@ def test_resume_and_overwrite_together(name, runs):
 @BOTH
 @pytest.mark.parametrize("changes", [{}, {"overwrite": True}, {"resume": True}], ids=str)
 def test_the_folder_of_the_model_is_not_written_to(name, changes, data, tiny_folder, runs, tmp_path):
-    """--out may be no folder that the run reads: the model's, by whatever spelling, a run's own final model included."""
+    """--out may be no folder that the run reads: the model's, by whatever spelling, a run's final model included."""
     for source in (tiny_folder, runs["sft"][1]):
         model = shutil.copytree(source, tmp_path / Path(source).name)
         wanted = settings(name, data, tiny_folder, model, model=f"{model.parent}/./{model.name}", **changes)
@@ -663,7 +663,7 @@ def test_other_files_in_the_output_folder_do_no_harm(name, data, tiny_folder, tm
     assert (out / "notes.txt").read_text() == "mine"
 
 
-# ---------------------------------------------------------------------------------------------------------------- resume
+# --------------------------------------------------------------------------------------------------------------- resume
 
 CHANGED = [
     ("both", "seed", 1),
@@ -786,7 +786,7 @@ def timeless(path: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
 
 
-# ------------------------------------------------------------------------------------------------------------------ help
+# ----------------------------------------------------------------------------------------------------------------- help
 
 
 @BOTH
