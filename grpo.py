@@ -174,7 +174,9 @@ class Args:
         require(self.group_size >= 2, f"--group-size {self.group_size}: a lone completion has no advantage")
         whole_groups = self.rollout_batch_size % self.group_size == 0
         require(whole_groups, f"--rollout-batch-size must be a multiple of --group-size {self.group_size}")
-        require(len(self.reward_weights) in (0, len(self.reward)), "--reward-weights: give one for each --reward")
+        require(0 < len(self.reward) == len(set(self.reward)), "--reward: name one or more, each of them once")
+        weights = len(self.reward_weights) in (0, len(self.reward)) and all(map(math.isfinite, self.reward_weights))
+        require(weights, "--reward-weights: give one number for each --reward")
         require(bool(self.sft_coef) == bool(self.sft_dataset), "--sft-coef and --sft-dataset need each other")
         require(self.target_kl is None or self.num_epochs > 1, "--target-kl acts between epochs: raise --num-epochs")
 
@@ -371,7 +373,10 @@ def load_reward(spec: str, args: "Args", device: torch.device) -> Callable[[list
         require(known, f"--reward {spec} is neither exact, format, a model's folder or Hub id, nor file.py:function")
         return RewardModel(spec, args.system_prompt, device, args.micro_batch_tokens)
     require(Path(path).is_file(), f"--reward {spec}: there is no file {path}")
-    function = runpy.run_path(path).get(name)
+    try:
+        function = runpy.run_path(path).get(name)
+    except Exception as error:  # the user's own code may raise anything
+        raise SystemExit(f"--reward {spec}: {path} cannot be run: {error!r}") from error
     require(callable(function), f"--reward {spec}: {path} has no function {name}(prompts, completions, rows)")
     return function
 
@@ -1007,17 +1012,20 @@ class Run:
             inside = self.out.resolve() in (path, *path.parents)
             require(not inside, f"--out {self.out} holds {folder}, which this run reads: choose another --out")
         require(not (args.resume and args.overwrite), "--resume goes on from a run, --overwrite removes it: give one")
-        saved = self.out / "args.json"
-        held = [name for name in ("config.json", "checkpoints") if (self.out / name).exists()]
-        require(saved.exists() or not held, f"--out {self.out} holds {held} but no run of ours: choose another --out")
-        may_go = not saved.exists() or args.resume or args.overwrite
+        require(not self.out.is_file(), f"--out {self.out} is a file: name a folder")
+        try:
+            saved = self.out / "args.json"
+            self.record = json.loads(saved.read_text()) if saved.exists() else {}
+        except ValueError as error:
+            raise SystemExit(f"--out {self.out}: its args.json is broken ({error}): choose another --out") from error
+        ours = {"args", "resolved"} <= set(self.record)
+        held = sorted(path.name for pattern in self.files.split() for path in self.out.glob(pattern))
+        require(ours or not held, f"--out {self.out} holds {held}, which no run of ours wrote: choose another --out")
+        may_go = not ours or args.resume or args.overwrite
         require(may_go, f"--out {self.out} holds a run: go on with --resume, or start anew with --overwrite")
-        if saved.exists() and args.resume:
-            try:
-                self.record = json.loads(saved.read_text())
-                before = self.record["args"]
-            except (ValueError, KeyError) as error:
-                raise SystemExit(f"--resume: {saved} is broken ({error!r}): start anew with --overwrite") from error
+        self.record = self.record if args.resume else {}
+        if self.record:
+            before = self.record["args"]
             for name, value in self.settings.items():
                 free = name in self.free or (name in ("steps", "epochs") and args.lr_schedule == "constant")
                 flag = "--" + name.replace("_", "-")
@@ -1029,6 +1037,7 @@ class Run:
 
     def finished(self, steps: int) -> bool:
         """Whether there is nothing left to do; says so."""
+        require(steps >= self.step, f"--steps {steps}: the last checkpoint is at step {self.step} already")
         if self.record.get("finished") == steps:
             print(f"{self.out}: this run is finished")
         return self.record.get("finished") == steps
@@ -1044,30 +1053,33 @@ class Run:
                 raise SystemExit(
                     f"--resume: {self.checkpoint} is broken: {error}; remove it to use the one before"
                 ) from error
+        logs = {"metrics.jsonl": [], "samples.jsonl": []}
+        for name in logs if self.checkpoint else ():
+            try:  # a kill may have torn what follows the last newline
+                rows = [json.loads(line) for line in (self.out / name).read_text().split("\n")[:-1]]
+                logs[name] = [row for row in rows if row["step"] <= self.step]
+            except (OSError, ValueError) as error:
+                raise SystemExit(f"--resume: {self.out / name} is broken: {error}") from error
+        self.last = logs["metrics.jsonl"][-1] if logs["metrics.jsonl"] else {}
         if self.args.overwrite:
             for path in [path for pattern in self.files.split() for path in self.out.glob(pattern)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.out.mkdir(parents=True, exist_ok=True)
-        for path in (self.out / "checkpoints").glob("*.tmp"):
-            shutil.rmtree(path)
-        for name in ("samples.jsonl", "metrics.jsonl"):  # in this order: `last` is to come from metrics.jsonl
-            text = (self.out / name).read_text() if self.checkpoint and (self.out / name).exists() else ""
-            rows = [json.loads(line) for line in text.split("\n")[:-1]]  # a kill may have torn what follows the last \n
-            rows = [row for row in rows if row["step"] <= self.step]
-            write_beside(self.out / name, "".join(json.dumps(row) + "\n" for row in rows))
-            self.last = rows[-1] if rows else {}
-        if self.args.resume:
-            print(f"resuming {self.out} from step {self.step}")
+        self.record = {"args": self.settings, "resolved": resolved, "wandb_id": self.record.get("wandb_id")}
         if self.args.track:
             import wandb
 
-            self.record.setdefault("wandb_id", wandb.util.generate_id())
+            self.wandb, self.record["wandb_id"] = wandb, self.record["wandb_id"] or wandb.util.generate_id()
+        write_beside(self.out / "args.json", json.dumps(self.record, indent=2))  # first: it marks the folder as a run's
+        for path in (self.out / "checkpoints").glob("*.tmp"):
+            shutil.rmtree(path)
+        for name, rows in logs.items():
+            write_beside(self.out / name, "".join(json.dumps(row) + "\n" for row in rows))
+        if self.args.resume:
+            print(f"resuming {self.out} from step {self.step}")
+        if self.wandb:
             options = {"id": self.record["wandb_id"], "resume": "allow", "dir": self.out, "name": self.out.name}
-            wandb.init(project=self.args.wandb_project, config=self.settings | resolved, **options)
-            self.wandb = wandb
-        self.record.pop("finished", None)
-        self.record |= {"args": self.settings, "resolved": resolved}
-        write_beside(self.out / "args.json", json.dumps(self.record, indent=2))
+            self.wandb.init(project=self.args.wandb_project, config=self.settings | resolved, **options)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self.on_signal)
@@ -1147,7 +1159,9 @@ class Run:
             text = "  ".join(f"{x} {metrics[x]:.4g}" for x in shown.split() if metrics.get(x) is not None)
             speed = f"{metrics['time/tokens_per_s']:,.0f} tokens/s"
             print(f"step {step}/{steps}  {text}  {speed}  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
-        text = "  ".join(f"{name[5:]} {value:.4g}" for name, value in metrics.items() if name.startswith("eval/"))
+        text = "  ".join(
+            f"{name[5:]} {x:.4g}" for name, x in metrics.items() if name.startswith("eval/") and x is not None
+        )
         if text:
             print(f"evaluation at step {step}:  {text}", flush=True)
         if self.wandb:

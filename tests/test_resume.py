@@ -249,22 +249,30 @@ def command(name: str, wanted: dict) -> list[str]:
 @pytest.mark.skipif(not KILLS, reason="KILLS=10 in the environment kills each script ten times from outside")
 @BOTH
 def test_killed_from_outside_at_random_times(name, data, tiny_folder, tmp_path):
-    """`kill -9` at random times of `python SCRIPT`, every third time while a checkpoint is being written; one run is
-    killed KILLS times in all, each time resumed, and ends like the undisturbed one."""
+    """`kill -9` of `python SCRIPT`: in turn while a checkpoint is being written, at a random time of the training, and
+    at a random time of the whole. One run is killed KILLS times, resumed each time, and ends like the undisturbed."""
     changes = {"steps": 60, "save_every": 3, "eval_every": 30, "lr_schedule": "constant"}
     wanted = settings(name, data, tiny_folder, tmp_path / "straight", **changes)
     rng, moments = random.Random(name), []
-    start = time.perf_counter()
+    start = time.time()
     subprocess.run(command(name, wanted), check=True, capture_output=True)
-    whole, kills, attempt = time.perf_counter() - start, 0, 0
+    whole = time.time() - start
+    rows = [json.loads(line) for line in (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()]
+    training = sum(row.get("time/step_s", 0.0) for row in rows)
     wanted = {**wanted, "out": str(tmp_path / "run"), "resume": True}
-    while kills < KILLS:
-        attempt += 1
+    folders, settings_file = tmp_path / "run" / "checkpoints", tmp_path / "run" / "args.json"
+    while len(moments) < KILLS:
+        kind, start, begun = len(moments) % 3, time.time(), None
+        delay = rng.uniform(0, training if kind == 1 else whole)
         process = subprocess.Popen(command(name, wanted), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        start, delay = time.perf_counter(), rng.uniform(0, whole)
-        folders = tmp_path / "run" / "checkpoints"
-        while process.poll() is None and time.perf_counter() - start < delay:
-            if attempt % 3 == 0 and list(folders.glob("step-*.tmp")):
+        while process.poll() is None:
+            now = time.time()
+            with contextlib.suppress(FileNotFoundError):  # folders come and go
+                if begun is None and settings_file.stat().st_mtime > start:
+                    begun = now
+                if kind == 0 and any(path.stat().st_mtime > start for path in folders.glob("step-*.tmp")):
+                    break
+            if (kind == 1 and begun and now - begun > delay) or (kind == 2 and now - start > delay):
                 break
             time.sleep(0.0005)
         process.kill()
@@ -274,9 +282,8 @@ def test_killed_from_outside_at_random_times(name, data, tiny_folder, tmp_path):
             shutil.rmtree(tmp_path / "run")
             continue
         assert process.returncode == -9, output
-        kills += 1
-        unfinished = [path.name for path in folders.glob("*.tmp")]
-        moments.append(f"{time.perf_counter() - start:.1f} s of {whole:.1f} s, {unfinished}")
+        saved = sorted(path.name for path in folders.glob("*"))
+        moments.append(f"{name}: after {time.time() - start:.1f} s, training begun: {begun is not None}, {saved}")
     subprocess.run(command(name, wanted), check=True, capture_output=True)
     print(*moments, sep="\n")
     assert_same_run(tmp_path / "run", tmp_path / "straight")

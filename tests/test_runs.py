@@ -498,6 +498,32 @@ def test_a_reward_model_scores_as_transformers_does(architecture, chat_template,
     assert alone == pytest.approx(expected, abs=1e-5)
 
 
+def test_an_encoder_gets_its_own_special_tokens_or_is_refused(tmp_path):
+    """BERT pools on [CLS], which its tokenizer puts in front: without it the score would be read from the first word of
+    the prompt. So it gets `[CLS] text [SEP]`, as from its own tokenizer, or it is refused; no score is made up."""
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"0123456789+=#"]
+    vocab = {token: i for i, token in enumerate([*words, *(f"##{word}" for word in "0123456789+=#")])}
+    tokenizer = transformers.BertTokenizer(vocab)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(
+        vocab_size=len(vocab), num_labels=1, pad_token_id=0, initializer_range=0.5, **sizes
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "reward")
+    tokenizer.save_pretrained(tmp_path / "reward")
+    prompts, completions = ["1+2=", "9+9="], ["#### 3", "#### 18"]
+    expected = []
+    for prompt, completion in zip(prompts, completions):
+        with torch.no_grad():
+            expected.append(model(**tokenizer(prompt + completion, return_tensors="pt")).logits.item())
+    try:
+        scores = grpo.RewardModel(str(tmp_path / "reward"), None, CPU, 1000)(prompts, completions, [{}] * 2)
+    except SystemExit as error:
+        assert "--reward" in str(error)
+    else:
+        assert scores == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_reward_model_and_a_function_are_added_with_their_weights(data, tiny_folder, tmp_path):
     """A run with a reward model, a function and the format: the reward of a step is the weighted sum of the three
     means, each logged under its own name."""
