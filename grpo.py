@@ -39,6 +39,7 @@ Metrics (metrics.jsonl), and what healthy looks like:
   completion_length, truncated_frac  tokens, EOS included; share cut at `max_new_tokens`
   sampling_gap_max, sampling_gap_mean    |sampling - training log-probability|: below 1e-3 in float32
   eval/accuracy_sampled, eval/accuracy_greedy, eval/answered_*, eval/reward_*    held-out prompts; before/... at step 0
+  skipped_updates         updates left out so far because they were not finite
 
 Dimensions: B prompts, G samples per prompt, N = B*G sequences, L tokens (prompt + completion), V vocabulary, D hidden.
 Index t of every (N, L) tensor speaks of the decision to emit token t (read from the hidden state at t-1).
@@ -59,6 +60,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -140,8 +142,8 @@ class Args:
     """Adam's decay rate of the squared gradient."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm."""
-    micro_batch_tokens: int = 16384
-    """Most tokens, padding included, in one forward and backward pass: lower it when memory runs out."""
+    micro_batch_tokens: int = 2048
+    """Most tokens, padding included, in one forward and backward pass; a large GPU is faster with more."""
     rollout_batch_size: int = 1024
     """Most sequences decoded at once: bounds the KV cache."""
     gradient_checkpointing: bool = False
@@ -350,9 +352,10 @@ class RewardModel:
                 messages = [*as_messages(prompt, self.system_prompt), {"role": "assistant", "content": completion}]
                 ids = self.tokenizer.encode(render(self.tokenizer, messages), add_special_tokens=False)
             else:
-                ids = encode_prompt(self.tokenizer, {"prompt": prompt}, self.system_prompt)
-                ids = ids + self.tokenizer.encode(completion, add_special_tokens=False)
-                ids = ids + ([] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id])
+                turns = [message["content"] for message in as_messages(prompt, self.system_prompt)]
+                ids = self.tokenizer.encode("\n\n".join(turns) + completion)  # with its own special tokens
+                eos = self.tokenizer.eos_token_id
+                ids = ids if eos is None or ids[-1] == eos else [*ids, eos]
             require(len(ids) <= self.window, f"--reward {self.name} holds {self.window} tokens; a text has {len(ids)}")
             sequences.append((ids, [1] * len(ids)))
         pad_id = self.model.config.pad_token_id
@@ -490,11 +493,11 @@ def token_logprobs(model, ids: Tensor, mask: Tensor, temperature: float = 1.0) -
     """
     if ids.shape != mask.shape or mask[:, 0].any():
         raise ValueError(f"ids {ids.shape} and mask {mask.shape} must agree, and no action may be the first token")
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (N, L, D)
+    hidden = model.get_decoder()(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # (N, L - 1, D)
     n, t = mask.nonzero(as_tuple=True)  # (num_actions,) each
     hidden, targets = hidden[n, t - 1], ids[n, t]  # the state before token t decides it
     head = model.get_output_embeddings()
-    chunk = max(1, 2**24 // head.weight.shape[0])  # 2**24 float32 logits are 64 MiB
+    chunk = max(1, 2**24 // head.weight.shape[0])  # 64 MiB of float32 logits
     results = [
         checkpoint(head_logprobs, head, h, y, temperature, use_reentrant=False)
         for h, y in zip(hidden.split(chunk), targets.split(chunk))
@@ -1061,15 +1064,18 @@ class Run:
             except (OSError, ValueError) as error:
                 raise SystemExit(f"--resume: {self.out / name} is broken: {error}") from error
         self.last = logs["metrics.jsonl"][-1] if logs["metrics.jsonl"] else {}
+        if self.args.track:
+            try:
+                import wandb
+            except ImportError as error:
+                raise SystemExit("--track needs wandb: pip install wandb") from error
+            self.wandb = wandb
         if self.args.overwrite:
             for path in [path for pattern in self.files.split() for path in self.out.glob(pattern)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.out.mkdir(parents=True, exist_ok=True)
         self.record = {"args": self.settings, "resolved": resolved, "wandb_id": self.record.get("wandb_id")}
-        if self.args.track:
-            import wandb
-
-            self.wandb, self.record["wandb_id"] = wandb, self.record["wandb_id"] or wandb.util.generate_id()
+        self.record["wandb_id"] = self.record["wandb_id"] or uuid.uuid4().hex[:8]
         write_beside(self.out / "args.json", json.dumps(self.record, indent=2))  # first: it marks the folder as a run's
         for path in (self.out / "checkpoints").glob("*.tmp"):
             shutil.rmtree(path)
@@ -1077,7 +1083,7 @@ class Run:
             write_beside(self.out / name, "".join(json.dumps(row) + "\n" for row in rows))
         if self.args.resume:
             print(f"resuming {self.out} from step {self.step}")
-        if self.wandb:
+        if self.args.track:
             options = {"id": self.record["wandb_id"], "resume": "allow", "dir": self.out, "name": self.out.name}
             self.wandb.init(project=self.args.wandb_project, config=self.settings | resolved, **options)
         if threading.current_thread() is threading.main_thread():

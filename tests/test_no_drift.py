@@ -14,7 +14,7 @@ VARIANTS = [name for name in SCRIPTS if "/" in name]
 PLUMBING = (
     "# " + "-" * 108 + " plumbing"
 )  # Most lines from the header to the end of main, and of the plumbing below it. Caps, not targets.
-BUDGETS = {"sft.py": 540, "rm.py": 540, "dpo.py": 590, "grpo.py": 750, "ppo.py": 850}
+BUDGETS = {"sft.py": 540, "rm.py": 540, "dpo.py": 590, "grpo.py": 755, "ppo.py": 850}
 PLUMBING_BUDGET = 480
 
 
