@@ -22,7 +22,7 @@ Truncation: none. A row longer than `max_length` is dropped and counted, never c
 Data: rows of prompt + completion, of messages (every assistant turn is trained, nothing else), or of question + answer
     (GSM8K as published). Where rows have an `answer`, accuracy is measured before, during and after.
 
-Run:  python sft.py                                                        a laptop CPU, one and a half minutes
+Run:  python sft.py                                                                     a laptop CPU, one minute
       python sft.py --model Qwen/Qwen2.5-0.5B --dataset openai/gsm8k:main                    one GPU, see README
 
 Metrics (metrics.jsonl), and what healthy looks like:
@@ -47,7 +47,6 @@ import random
 import re
 import shutil
 import signal
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -118,7 +117,7 @@ class Args:
     # run
     seed: int = 0
     """Seed of every random draw."""
-    eval_every: int = 200
+    eval_every: int = 500
     """Steps between evaluations."""
     eval_size: int = 1000
     """Evaluation rows."""
@@ -696,7 +695,7 @@ def read_dataset(name: str, split: str, flag: str, wanted: list[str]) -> list[di
     try:
         if not file_format:
             hub_name, config, chosen = (*name.split(":", 2), "", "")[:3]
-            datasets.config.HF_HUB_OFFLINE = hub_is_out_of_reach()
+            datasets.config.HF_HUB_OFFLINE |= hub_is_out_of_reach()
             rows = list(datasets.load_dataset(hub_name, config or None, split=chosen or split))
         else:
             empty = Path(name).stat().st_size == 0
@@ -781,8 +780,11 @@ class Run:
     """
 
     free = ("resume", "overwrite", "track", "wandb_project", "sample_every", "save_every", "save_dtype", "out")
-    files = "metrics.jsonl samples.jsonl checkpoints wandb config.json generation_config.json model*.safetensors*"
-    files += " tokenizer* special_tokens_map.json added_tokens.json chat_template* vocab* merges.txt args.json"
+    files = "metrics.jsonl samples.jsonl checkpoints wandb config.json generation_config.json model.safetensors"
+    files += (
+        " model.safetensors.index.json model-*-of-*.safetensors tokenizer.json tokenizer_config.json tokenizer.model"
+    )
+    files += " special_tokens_map.json added_tokens.json chat_template.jinja vocab.json vocab.txt merges.txt"
 
     def __init__(self, args: "Args"):
         """Decides between a new run and a resumed one and refuses what would lose something. Writes nothing."""
@@ -791,10 +793,10 @@ class Run:
         self.checkpoint = None  # the folder to load from instead of --model
         self.last, self.record = {}, {}  # the last row of metrics.jsonl; the content of args.json
         self.loss = self.skipped = self.skipped_in_a_row = self.signal = 0
-        self.checked, self.wandb, self.handlers, self.clock = False, None, {}, time.perf_counter()
+        self.checked, self.wandb, self.clock = False, None, time.perf_counter()
         for folder in (args.model, getattr(args, "reference", None), *getattr(args, "reward", ())):
-            path = Path(folder or "/").resolve()
-            inside = self.out.resolve() in (path, *path.parents)
+            path = Path(folder or "").resolve()
+            inside = folder and path.is_dir() and self.out.resolve() in (path, *path.parents)
             require(not inside, f"--out {self.out} holds {folder}, which this run reads: choose another --out")
         require(not (args.resume and args.overwrite), "--resume goes on from a run, --overwrite removes it: give one")
         require(not self.out.is_file(), f"--out {self.out} is a file: name a folder")
@@ -804,7 +806,7 @@ class Run:
         except ValueError as error:
             raise SystemExit(f"--out {self.out}: its args.json is broken ({error}): choose another --out") from error
         ours = {"args", "resolved"} <= set(self.record)
-        held = sorted(path.name for pattern in self.files.split() for path in self.out.glob(pattern))
+        held = sorted(path.name for pattern in ("args.json " + self.files).split() for path in self.out.glob(pattern))
         require(ours or not held, f"--out {self.out} holds {held}, which no run of ours wrote: choose another --out")
         may_go = not ours or args.resume or args.overwrite
         require(may_go, f"--out {self.out} holds a run: go on with --resume, or start anew with --overwrite")
@@ -852,15 +854,20 @@ class Run:
             except ImportError as error:
                 raise SystemExit("--track needs wandb: pip install wandb") from error
             self.wandb = wandb
-        if self.args.overwrite:
-            for path in [path for pattern in self.files.split() for path in self.out.glob(pattern)]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.out.mkdir(parents=True, exist_ok=True)
-        self.record = {"args": self.settings, "resolved": resolved, "wandb_id": self.record.get("wandb_id")}
-        self.record["wandb_id"] = self.record["wandb_id"] or uuid.uuid4().hex[:8]
-        write_beside(self.out / "args.json", json.dumps(self.record, indent=2))  # first: it marks the folder as a run's
-        for path in (self.out / "checkpoints").glob("*.tmp"):
-            shutil.rmtree(path)
+        checkpoints, removed = self.out / "checkpoints", self.out / "checkpoints.tmp"
+        shutil.rmtree(removed, ignore_errors=True)
+        if self.args.overwrite and (self.out / "args.json").exists():  # no kill may leave a mixture of two runs
+            old = json.loads((self.out / "args.json").read_text())
+            write_beside(self.out / "args.json", json.dumps(old | {"finished": None}))
+        if self.args.overwrite and checkpoints.exists():
+            checkpoints.rename(removed)
+        wandb_id = self.record.get("wandb_id") or uuid.uuid4().hex[:8]
+        self.record = {"args": self.settings, "resolved": resolved, "wandb_id": wandb_id}
+        write_beside(self.out / "args.json", json.dumps(self.record, indent=2))  # marks the folder as a run's
+        patterns = ["checkpoints.tmp", "checkpoints/*.tmp", *(self.files.split() if self.args.overwrite else [])]
+        for path in [path for pattern in patterns for path in self.out.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         for name, rows in logs.items():
             write_beside(self.out / name, "".join(json.dumps(row) + "\n" for row in rows))
         if self.args.resume:
@@ -868,9 +875,9 @@ class Run:
         if self.args.track:
             options = {"id": self.record["wandb_id"], "resume": "allow", "dir": self.out, "name": self.out.name}
             self.wandb.init(project=self.args.wandb_project, config=self.settings | resolved, **options)
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self.on_signal)
+        if __name__ == "__main__":  # a notebook keeps its own Ctrl-C
+            signal.signal(signal.SIGINT, self.on_signal)
+            signal.signal(signal.SIGTERM, self.on_signal)
         self.first, self.clock = self.step, time.perf_counter()
 
     def on_signal(self, number: int, frame):
@@ -966,19 +973,18 @@ class Run:
         counts = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
         torch.save({"optimizer": optimizer.state_dict(), **counts}, beside / "state.pt")
         beside.rename(folder)
-        for old in sorted(folder.parent.glob("step-*[0-9]"), key=lambda p: int(p.name.removeprefix("step-")))[:-2]:
-            shutil.rmtree(old.rename(old.with_suffix(".tmp")))
+        self.prune()
         if self.signal:
             print(f"stopped at step {step}: go on with --resume", flush=True)
-            self.close()
+            if self.wandb:
+                self.wandb.finish()
             raise SystemExit(128 + self.signal)
 
-    def close(self):
-        """Ends tracking and gives Ctrl-C its meaning back."""
-        if self.wandb:
-            self.wandb.finish()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+    def prune(self):
+        """Keeps the last two checkpoints."""
+        folders = (self.out / "checkpoints").glob("step-*[0-9]")
+        for old in sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))[:-2]:
+            shutil.rmtree(old.rename(old.with_suffix(".tmp")))
 
     def finish(self, steps: int, model, tokenizer) -> dict[str, float]:
         """Writes the final model to `out`, config.json last, and returns the final metrics."""
@@ -989,7 +995,9 @@ class Run:
             path.replace(self.out / path.name)
         beside.rmdir()
         write_beside(self.out / "args.json", json.dumps(self.record | {"finished": steps}, indent=2))
-        self.close()
+        self.prune()
+        if self.wandb:
+            self.wandb.finish()
         print(f"wrote {self.out}")
         return self.summary()
 

@@ -15,7 +15,7 @@ PLUMBING = (
     "# " + "-" * 108 + " plumbing"
 )  # Most lines from the header to the end of main, and of the plumbing below it. Caps, not targets.
 BUDGETS = {"sft.py": 540, "rm.py": 540, "dpo.py": 590, "grpo.py": 755, "ppo.py": 850}
-PLUMBING_BUDGET = 480
+PLUMBING_BUDGET = 490
 
 
 def fields(source: str) -> dict[str, tuple[str, str]]:

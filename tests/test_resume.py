@@ -237,6 +237,19 @@ def test_a_run_killed_at_a_random_file_operation_ends_like_an_undisturbed_one(
     assert_same_run(tmp_path / "run", folder)
 
 
+@BOTH
+def test_a_final_model_that_is_not_whole_has_no_config(name, data, tiny_folder, tmp_path):
+    """config.json comes last: a run that is killed while its final files are renamed in leaves a folder that does not
+    pass for a model, and right after that one that does."""
+    wanted = settings(name, data, tiny_folder, tmp_path / "run", steps=1)
+    assert launch(name, wanted, kill_at=(r"^rename checkpoints/final\.tmp/config\.json", 1)) == -9
+    assert (tmp_path / "run" / "model.safetensors").exists() and (tmp_path / "run" / "tokenizer.json").exists()
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert launch(name, {**wanted, "resume": True}, kill_at=(r"^write args\.json", 2)) == -9
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    AutoTokenizer.from_pretrained(tmp_path / "run")
+
+
 def command(name: str, wanted: dict) -> list[str]:
     """The command line of these settings."""
     words = [sys.executable, str(ROOT / f"{name}.py")]
