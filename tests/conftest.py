@@ -40,7 +40,7 @@ def tiny_model():
 
 @pytest.fixture(scope="session")
 def sft_run(tmp_path_factory):
-    """A shrunken run of sft.py: (folder, final metrics). About 40 s; it solves some of the task, not all."""
+    """A shrunken run of sft.py: (folder, final metrics). About 50 s; it solves some of the task, not all."""
     folder = tmp_path_factory.mktemp("runs") / "sft"
-    metrics = sft.main(sft.Args(out=str(folder), steps=350, eval_size=200, eval_every=1000, save_every=1000))
+    metrics = sft.main(sft.Args(out=str(folder), steps=500, eval_size=200, eval_every=1000, save_every=1000))
     return str(folder), metrics
