@@ -158,6 +158,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 # ----------------------------------------------------------------------------------------------------------------- data
 
+ARITHMETIC_ROWS = {"train": 20_000, "test": 2_000}
+
 
 def solve(numbers: list[int], slip: float, habit: float, rng: random.Random) -> str:
     """The running sum of `numbers`, line by line, closed by `#### total`, with the demonstrator's two faults.
@@ -177,8 +179,11 @@ def solve(numbers: list[int], slip: float, habit: float, rng: random.Random) -> 
 
 
 def arithmetic_rows(split: str, num_rows: int) -> list[dict]:
-    """The built-in task: distinct chains of 2 to 5 one-digit numbers; a tenth of all prompts is the `test` split."""
-    rng, rows, seen = random.Random(f"arithmetic {split}"), [], set()
+    """The built-in task: distinct chains of 2 to 5 one-digit numbers; a tenth of all prompts is the `test` split.
+
+    completion: a demonstration with both faults. chosen: a flawless one. rejected: one whose faults made it wrong.
+    """
+    rng, pair_rng, rows, seen = random.Random(f"arithmetic {split}"), random.Random(f"pairs {split}"), [], set()
     while len(rows) < num_rows:
         numbers = [rng.randrange(10) for _ in range(rng.randint(2, 5))]
         prompt = "+".join(map(str, numbers)) + "="
@@ -186,7 +191,11 @@ def arithmetic_rows(split: str, num_rows: int) -> list[dict]:
         if is_test == (split == "test") and prompt not in seen:
             seen.add(prompt)
             completion = solve(numbers, slip=0.1, habit=0.6, rng=rng)
-            rows.append({"prompt": prompt, "completion": completion, "answer": str(sum(numbers))})
+            chosen = rejected = solve(numbers, slip=0.0, habit=0.0, rng=pair_rng)
+            while rejected.rpartition(" ")[2] == str(sum(numbers)):
+                rejected = solve(numbers, slip=0.1, habit=0.6, rng=pair_rng)
+            row = {"prompt": prompt, "completion": completion, "answer": str(sum(numbers))}
+            rows.append({**row, "chosen": chosen, "rejected": rejected})
     return rows
 
 
@@ -230,9 +239,10 @@ def extend(tokenizer, ids: list[int], done: str, text: str) -> list[int]:
 
 
 def encode_row(tokenizer, row: dict, system_prompt: str | None, eos_ids: list[int]) -> tuple[list[int], list[int]]:
-    """A row of SFT data as ids and mask: 1 on every assistant turn up to and including its end of turn, else 0.
+    """A row of SFT data as ids and mask: 1 on what is trained, up to and including its end of turn, else 0.
 
-    Turns extend what precedes them, so that a prompt has the very ids that sampling will start from.
+    Of `messages` every assistant turn is trained, of `prompt` and `completion` the completion alone. Turns
+    extend what precedes them, so that a prompt has the very ids that sampling will start from.
     Raises ValueError if the chat template changes earlier text once a turn follows.
     """
     if "messages" in row:
@@ -241,6 +251,7 @@ def encode_row(tokenizer, row: dict, system_prompt: str | None, eos_ids: list[in
         completion = as_messages(row["completion" if "completion" in row else "answer"], None)[0]["content"]
         messages = [*as_messages(prompt_of(row), system_prompt), {"role": "assistant", "content": completion}]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = turns if "messages" in row else turns[-1:]
     if not turns or (not tokenizer.chat_template and turns != [len(messages) - 1]):
         raise ValueError("it needs an assistant turn: just one, as the last, if the tokenizer has no chat template")
     ids, mask, done = [], [], ""
@@ -498,7 +509,7 @@ def main(args: Args) -> dict[str, float]:
     peak_lr = args.lr or (2e-3 if model.num_parameters() < 10_000_000 else 1e-5)
     optimizer = torch.optim.AdamW(model.parameters(), peak_lr, betas=(0.9, args.adam_beta2), weight_decay=0.0)
     print(f"{model.num_parameters():,} parameters on {device}, {len(train_data):,} rows, peak lr {peak_lr:g}")
-    run.start(optimizer, peak_lr=peak_lr, steps=steps)
+    run.start({"optimizer": optimizer}, peak_lr=peak_lr, steps=steps)
     evaluation = (model, tokenizer, eval_rows, eval_data, args, eos_ids)
     if run.step == 0:
         run.log(0, steps, evaluate_sft(*evaluation))
@@ -519,7 +530,7 @@ def main(args: Args) -> dict[str, float]:
 
         # (3) update
         lr = learning_rate(args, step, steps, peak_lr)
-        metrics = {**run.update(model, optimizer, lr), "lr": lr, "num_tokens": num_tokens}
+        metrics = {**run.update(optimizer=lr), "lr": lr, "num_tokens": num_tokens}
         seconds = time.perf_counter() - clock
         metrics |= {"time/step_s": seconds, "time/tokens_per_s": sum(len(ids) for ids, _ in rows) / seconds}
         if step == steps or step % args.eval_every == 0:
@@ -529,7 +540,7 @@ def main(args: Args) -> dict[str, float]:
             samples = sample_rows(model, tokenizer, eval_rows[:4], eval_data[:4], args, eos_ids, step)
         run.log(step, steps, metrics, samples, "loss grad_norm lr")
         if step == steps or run.signal or step % args.save_every == 0:
-            run.save(step, model, tokenizer, optimizer)
+            run.save(step, model, tokenizer)
     return run.finish(steps, model, tokenizer)
 
 
@@ -618,9 +629,13 @@ def hub_is_out_of_reach() -> bool:
     return False
 
 
-def from_hub(loader, name: str, flag: str, **options):
-    """loader.from_pretrained of a local folder or Hub id. Ends the run, naming the flag, if that fails."""
-    local, hint = Path(name).is_dir(), "; `python sft.py` makes it" if name == "runs/sft" else ""
+def from_hub(loader, name: str, flag: str, new: tuple[str, ...] = (), **options):
+    """loader.from_pretrained of a local folder or Hub id. Ends the run, naming the flag, if that fails.
+
+    With `output_loading_info` among the options it also ends if weights are missing, but for those in `new`.
+    """
+    hints = {"runs/sft": "; `python sft.py` makes it", "runs/rm": "; `python rm.py` makes it"}
+    local, hint = Path(name).is_dir(), hints.get(name, "")
     is_path = name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1
     require(local or not is_path, f"{flag} {name}: there is no such folder{hint}")
     try:
@@ -628,7 +643,7 @@ def from_hub(loader, name: str, flag: str, **options):
     except Exception as error:  # whatever a missing or broken file makes the libraries raise
         raise SystemExit(f"{flag} {name} cannot be loaded: {error}") from error
     if "output_loading_info" in options:
-        missing = sorted(loaded[1]["missing_keys"])
+        missing = sorted(set(loaded[1]["missing_keys"]) - set(new))
         require(not missing, f"{flag} {name} lacks weights, so they would be random: {missing[:5]}")
         return loaded[0]
     return loaded
@@ -657,24 +672,35 @@ def load_tokenizer(name: str, num_tokens: int):
     return tokenizer, sorted(eos_ids)
 
 
-def load_model(name: str, device: torch.device, gradient_checkpointing: bool = False):
-    """A causal language model in float32, whatever its folder holds, without dropout."""
-    config = from_hub(transformers.AutoConfig, name, "--model")
+def load_config(name: str, flag: str):
+    """The configuration of a model, without dropout: with it, sampling and training would see different models."""
+    config = from_hub(transformers.AutoConfig, name, flag)
     for part in (config, config.get_text_config()):
         for key in [key for key in part.to_dict() if key.endswith(("dropout", "pdrop"))]:
-            setattr(part, key, 0.0)  # with dropout, sampling and training would see different policies
-    options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
-    model = from_hub(transformers.AutoModelForCausalLM, name, "--model", **options)
+            setattr(part, key, 0.0)
+    return config
+
+
+def load_model(name: str, device: torch.device, gradient_checkpointing: bool = False, flag: str = "--model"):
+    """A causal language model in float32, whatever its folder holds, without dropout."""
+    options = {"config": load_config(name, flag), "dtype": torch.float32, "output_loading_info": True}
+    model = from_hub(transformers.AutoModelForCausalLM, name, flag, **options)
     return prepare_model(model, device, gradient_checkpointing)
 
 
-def prepare_model(model, device: torch.device, gradient_checkpointing: bool):
-    """The model on `device`, ready to train. Ends the run if its logits are not those that token_logprobs computes."""
+def to_device(model, device: torch.device, gradient_checkpointing: bool):
+    """The model on `device`, in training mode."""
     model = model.to(device).train()
     for parameter in model.parameters():  # fresh, aligned memory: a resumed run then adds up the same bits
         parameter.data = parameter.data.clone()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def prepare_model(model, device: torch.device, gradient_checkpointing: bool):
+    """The model on `device`, ready to train. Ends the run if its logits are not those that token_logprobs computes."""
+    model = to_device(model, device, gradient_checkpointing)
     ids = torch.arange(8, device=device)[None]
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
@@ -688,7 +714,7 @@ def prepare_model(model, device: torch.device, gradient_checkpointing: bool):
 def read_dataset(name: str, split: str, flag: str, wanted: list[str]) -> list[dict]:
     """Rows of `arithmetic`, a local file or a Hub dataset, if they have one of the `wanted` sets of columns."""
     if name == "arithmetic":
-        return arithmetic_rows(split, 20_000 if split == "train" else 2_000)
+        return arithmetic_rows(split, ARITHMETIC_ROWS[split])
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     file_format = formats.get(Path(name.removesuffix(".gz")).suffix)
     require(not file_format or Path(name).is_file(), f"{flag} {name}: there is no such file")
@@ -732,7 +758,7 @@ def load_data(args: "Args", wanted: list[str]) -> tuple[list[dict], list[dict]]:
 
 
 def encode_rows(encode: Callable, rows: list[dict], max_length: int, flag: str) -> tuple[list[dict], list]:
-    """The rows that are not too long, and what `encode` makes of each: ids, or (ids, mask)."""
+    """The rows that are not too long, and what `encode` makes of each: ids, (ids, mask), or a pair of (ids, mask)."""
     kept, encoded = [], []
     for i, row in enumerate(rows):
         try:
@@ -740,7 +766,8 @@ def encode_rows(encode: Callable, rows: list[dict], max_length: int, flag: str) 
         except Exception as error:  # a chat template may raise anything
             hint = " (drop --system-prompt?)" if "system" in str(error).lower() else ""
             raise SystemExit(f"row {i} cannot be encoded: {error}{hint}; the row is {row}") from error
-        if len(item[0] if isinstance(item, tuple) else item) <= max_length:
+        parts = item if isinstance(item, tuple) else (item,)
+        if max(len(part[0] if isinstance(part, tuple) else part) for part in parts) <= max_length:
             kept.append(row)
             encoded.append(item)
         if (i + 1) % 50_000 == 0:
@@ -791,10 +818,12 @@ class Run:
         self.args, self.out, self.settings = args, Path(args.out), json.loads(json.dumps(vars(args)))
         self.step = self.first = 0  # the last step that is done; the one that this process begins after
         self.checkpoint = None  # the folder to load from instead of --model
-        self.last, self.record = {}, {}  # the last row of metrics.jsonl; the content of args.json
+        self.rows, self.record = [], {}  # of metrics.jsonl; the content of args.json
+        self.optimizers, self.state = {}, {}  # by name; what state.pt holds beside them
         self.loss = self.skipped = self.skipped_in_a_row = self.signal = 0
         self.checked, self.wandb, self.clock = False, None, time.perf_counter()
-        for folder in (args.model, getattr(args, "reference", None), *getattr(args, "reward", ())):
+        read = [getattr(args, name, None) for name in ("model", "reference", "value_model")]
+        for folder in (*read, *getattr(args, "reward", ())):
             path = Path(folder or "").resolve()
             inside = folder and path.is_dir() and self.out.resolve() in (path, *path.parents)
             require(not inside, f"--out {self.out} holds {folder}, which this run reads: choose another --out")
@@ -829,13 +858,15 @@ class Run:
             print(f"{self.out}: this run is finished")
         return self.record.get("finished") == steps
 
-    def start(self, optimizer: torch.optim.Optimizer, **resolved):
-        """Makes the folder or, resuming, restores the optimizer and cuts the logs back to the checkpoint's step."""
+    def start(self, optimizers: dict[str, torch.optim.Optimizer], **resolved):
+        """Makes the folder or, resuming, restores the optimizers and cuts the logs back to the checkpoint's step."""
+        self.optimizers = optimizers
         if self.checkpoint:
             try:
-                state = torch.load(Path(self.checkpoint) / "state.pt", weights_only=True, map_location="cpu")
-                optimizer.load_state_dict(state["optimizer"])
-                self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+                self.state = torch.load(Path(self.checkpoint) / "state.pt", weights_only=True, map_location="cpu")
+                for name, optimizer in optimizers.items():
+                    optimizer.load_state_dict(self.state.pop(name))
+                self.skipped, self.skipped_in_a_row = self.state["skipped"], self.state["skipped_in_a_row"]
             except Exception as error:  # whatever a broken file makes torch raise
                 raise SystemExit(
                     f"--resume: {self.checkpoint} is broken: {error}; remove it to use the one before"
@@ -847,7 +878,7 @@ class Run:
                 logs[name] = [row for row in rows if row["step"] <= self.step]
             except (OSError, ValueError) as error:
                 raise SystemExit(f"--resume: {self.out / name} is broken: {error}") from error
-        self.last = logs["metrics.jsonl"][-1] if logs["metrics.jsonl"] else {}
+        self.rows = logs["metrics.jsonl"]
         if self.args.track:
             try:
                 import wandb
@@ -916,35 +947,42 @@ class Run:
         loss.backward()
         self.loss = self.loss + loss.detach()
 
-    def discard(self, optimizer: torch.optim.Optimizer):
+    def discard(self):
         """Forgets the gradient and the loss that have added up."""
-        optimizer.zero_grad()
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
         self.loss = 0
 
-    def update(self, model, optimizer: torch.optim.Optimizer, lr: float) -> dict[str, float]:
-        """Clips the gradient, steps, and returns loss and grad_norm. Skips what is not finite; ten in a row end it."""
-        for parameter in model.parameters():
-            if parameter.grad is None:  # no row had a signal: Adam's momentum still acts
-                parameter.grad = torch.zeros_like(parameter)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm).item()
-        loss = float(self.loss)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if math.isfinite(loss) and math.isfinite(norm):
-            optimizer.step()
+    def update(self, **rates: float) -> dict[str, float]:
+        """Clips each model's gradient to max_grad_norm and steps each optimizer at the rate given under its name.
+
+        Returns loss and grad_norm (value_grad_norm for a `value_optimizer`). Skips what is not finite; ten in a row
+        end the run.
+        """
+        metrics = {"loss": float(self.loss)}
+        for name, lr in rates.items():
+            (group,) = self.optimizers[name].param_groups
+            for parameter in group["params"]:
+                if parameter.grad is None:  # no row had a signal: Adam's momentum still acts
+                    parameter.grad = torch.zeros_like(parameter)
+            norm = torch.nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm).item()
+            group["lr"], metrics[name.replace("optimizer", "grad_norm")] = lr, norm
+        if all(map(math.isfinite, metrics.values())):
+            for name in rates:
+                self.optimizers[name].step()
             self.skipped_in_a_row = 0
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-            print(f"update skipped: loss {loss}, gradient norm {norm}", flush=True)
+            print(f"update skipped: {metrics}", flush=True)
             require(self.skipped_in_a_row < 10, "ten updates in a row were not finite: lower --lr, or look at the data")
-        self.discard(optimizer)
-        return {"loss": loss, "grad_norm": norm}
+        self.discard()
+        return metrics
 
     def log(self, step: int, steps: int, metrics: dict, samples: list[dict] = (), shown: str = ""):
         """A row in metrics.jsonl, the samples in samples.jsonl, and a line on screen with the `shown` metrics."""
         metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
-        self.last = {"step": step, **metrics, "skipped_updates": self.skipped}
-        for name, rows in (("samples", [{"step": step, **sample} for sample in samples]), ("metrics", [self.last])):
+        self.rows.append({"step": step, **metrics, "skipped_updates": self.skipped})
+        for name, rows in (("samples", [{"step": step, **sample} for sample in samples]), ("metrics", self.rows[-1:])):
             with open(self.out / f"{name}.jsonl", "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         if step == self.first:  # the first evaluation says nothing of the time that a step takes
@@ -962,16 +1000,25 @@ class Run:
         if self.wandb:
             data = [[str(value) for value in sample.values()] for sample in samples]
             table = {"samples": self.wandb.Table(list(samples[0]), data)} if samples else {}
-            self.wandb.log(self.last | table, step=step)
+            self.wandb.log(self.rows[-1] | table, step=step)
 
-    def save(self, step: int, model, tokenizer, optimizer: torch.optim.Optimizer):
-        """checkpoints/step-N, the last two kept: a model folder with the optimizer's state. Exits if a signal came."""
+    def save(self, step: int, model, tokenizer, **others):
+        """checkpoints/step-N, the last two kept: a model folder with the optimizers' state. Exits if a signal came.
+
+        others: further models, each in a folder of its name, and tensors, which go into state.pt.
+        """
         folder = self.out / "checkpoints" / f"step-{step}"
         beside = folder.with_suffix(".tmp")
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        counts = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
-        torch.save({"optimizer": optimizer.state_dict(), **counts}, beside / "state.pt")
+        state = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        for name, x in others.items():
+            if isinstance(x, torch.nn.Module):
+                x.save_pretrained(beside / name)
+            else:
+                state[name] = x
+        state |= {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        torch.save(state, beside / "state.pt")
         beside.rename(folder)
         self.prune()
         if self.signal:

@@ -200,7 +200,8 @@ def test_arithmetic_prompts_and_answers(train_rows):
     """Chains of 2 to 5 one-digit numbers, all four lengths and all ten digits; the answer is the true sum."""
     lengths, digits = set(), set()
     for row in train_rows:
-        assert set(row) == {"prompt", "completion", "answer"} and re.fullmatch(r"\d(\+\d){1,4}=", row["prompt"])
+        assert set(row) == {"prompt", "completion", "answer", "chosen", "rejected"}
+        assert re.fullmatch(r"\d(\+\d){1,4}=", row["prompt"])
         numbers = list(map(int, row["prompt"][:-1].split("+")))
         assert row["answer"] == str(sum(numbers))
         lengths.add(len(numbers))

@@ -1,0 +1,1246 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "tyro==1.0.17", "wandb==0.31.0"]
+# ///
+"""DPO: direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290, eq. 7).
+
+Maximise E[reward] - beta * KL(policy || reference) without a reward model and without sampling: the policy that is
+optimal for a reward r has r(x, y) = beta * log(pi / pi_ref) + a constant of x, so the likelihood of the preferences is
+one of the policy itself. The loss that is minimised:
+
+    loss     = -1/batch_size * sum_n [ (1 - label_smoothing) * log sigmoid(z) + label_smoothing * log sigmoid(-z) ]
+    z        = chosen_rewards - rejected_rewards
+    chosen_rewards = beta * (chosen_logps - ref_chosen_logps)                the implicit reward; rejected_rewards alike
+    logps    = sum_t mask[n, t] * logprobs[n, t]                             summed over the completion, not averaged
+
+Before the first step: the reference scores all pairs and is freed, so that only one model is in memory.
+Each step:  (1) batch: the next `batch_size` pairs of an endless stream of shuffled epochs
+            (2) loss and gradient over token-budget micro-batches of whole pairs    (3) update
+
+Signal: one comparison per pair. The weight of a pair in the gradient is beta * sigmoid(-z): pairs that are right count
+    little. `label_smoothing` is the share of labels taken to be wrong (conservative DPO, Mitchell 2023).
+KL: nowhere in the loss; beta stands for it. At the optimum a larger beta stays closer to the reference, but it scales
+    the gradient too, so after few small steps it may be further away.
+Mask and normaliser: EOS is part of the completion; the mean is over the pairs of the whole step.
+Truncation: none. A pair of which either side exceeds `max_length` is dropped and counted.
+
+Data: rows of prompt + chosen + rejected, text or messages; or of chosen + rejected alone, whole conversations whose
+    shared beginning is the prompt (messages, or text with turns marked as in HH-RLHF).
+
+Run:  python sft.py && python dpo.py                                             a laptop CPU, under three minutes
+      python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset Anthropic/hh-rlhf ...               one GPU, see README
+      python dpo.py --score-only --model runs/dpo --reference runs/sft    the pair as a reward model: implicit rewards
+
+Metrics (metrics.jsonl), and what healthy looks like:
+  loss                    ln 2 = 0.69 at the start; falls
+  pair_accuracy, margin   of the step: share of pairs with z > 0 (0.5 if equal); mean z
+  chosen_reward, rejected_reward    implicit; the first should not fall far below 0
+  chosen_logps, rejected_logps      nats per completion; both fall together: lower --lr, or a larger --beta
+  grad_norm, lr           the norm before clipping
+  eval/...                the first seven on held-out pairs, eval/loss without smoothing; before/... at step 0
+  eval/accuracy_sampled, eval/accuracy_greedy, eval/answered_*    held-out prompts, where rows have an `answer`
+  skipped_updates         updates left out so far because they were not finite
+
+Dimensions: N pairs, 2N sequences (first the chosen ones, then the rejected ones), L tokens, V vocabulary, D hidden.
+Index t of every (N, L) tensor speaks of the decision to emit token t (read from the hidden state at t-1).
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import time
+import urllib.error
+import urllib.request
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import torch
+import transformers
+import tyro
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+datasets.disable_progress_bars()
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+@dataclasses.dataclass
+class Args:
+    # model and data
+    model: str = "runs/sft"
+    """Model to start from: a local folder or a Hub id; `tiny`, in sft.py, is a small one with random weights."""
+    dataset: str = "arithmetic"
+    """`arithmetic` (built in), a local .jsonl/.json/.csv/.parquet file, or a Hub dataset as name[:config[:split]]."""
+    eval_dataset: str | None = None
+    """Evaluation rows, named like `dataset`; default: the Hub's test or validation split, else the last rows."""
+    system_prompt: str | None = None
+    """Text put in front of every prompt, as the system turn where there is a chat template."""
+    reference: str | None = None
+    """Folder or Hub id of the reference; default: the model as it was loaded."""
+    max_length: int = 1024
+    """Rows of more tokens than this are dropped and counted."""
+    max_new_tokens: int = 64
+    """Longest completion, in tokens."""
+    out: str = "runs/dpo"
+    """Folder for the final model, logs and checkpoints."""
+
+    # algorithm
+    beta: float = 0.1
+    """Scale of the implicit reward, and strength of the pull towards the reference."""  # paper: 0.1; usual 0.05 to 0.5
+    label_smoothing: float = 0.0
+    """Share of the labels that are taken to be wrong, from 0 to below 0.5."""
+    score_only: bool = False
+    """Train nothing: write the implicit rewards of the rows (of the test split) of `dataset` to `out`."""
+
+    # optimisation
+    epochs: int = 1
+    """Passes over the training rows."""
+    steps: int | None = None
+    """Optimizer steps (rollouts, in an online script); default: the built-in run, or all epochs."""
+    batch_size: int = 64
+    """Rows per optimizer step."""  # paper: 64
+    lr: float | None = None
+    """Peak learning rate; default: one that suits the size of the model, printed and logged."""  # paper: 1e-6
+    lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """Decay of the learning rate after the warm-up, to 0 just after the last step."""
+    warmup_steps: int = 15
+    """Steps over which the learning rate rises from 0."""
+    adam_beta2: float = 0.99
+    """Adam's decay rate of the squared gradient."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm."""
+    micro_batch_tokens: int = 2048
+    """Most tokens, padding included, in one forward and backward pass; a large GPU is faster with more."""
+    rollout_batch_size: int = 1024
+    """Most sequences decoded at once: bounds the KV cache."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    # run
+    seed: int = 0
+    """Seed of every random draw."""
+    eval_every: int = 200
+    """Steps between evaluations."""
+    eval_size: int = 1000
+    """Evaluation rows."""
+    sample_every: int = 100
+    """Steps between samples written to samples.jsonl."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the final model's weights."""
+    resume: bool = False
+    """Go on from the last checkpoint in `out`."""
+    overwrite: bool = False
+    """Remove the run that `out` holds and start anew."""
+    track: bool = False
+    """Log to Weights & Biases too (WANDB_MODE=offline works)."""
+    wandb_project: str = "onefile-rlhf"
+    """Weights & Biases project."""
+
+    def __post_init__(self):
+        check_numbers(self)
+        require(self.label_smoothing < 0.5, f"--label-smoothing {self.label_smoothing}: must be below 0.5")
+        require(self.reference or not self.score_only, "--score-only needs --reference, what --model was trained from")
+
+
+# ----------------------------------------------------------------------------------------------------------- algorithm
+
+
+def dpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of each pair in nats, and the implicit rewards of both sides, detached; all (N,). Eq. 7.
+
+    logps: (N,), log-probabilities summed over the completion. label_smoothing: conservative DPO (Mitchell 2023).
+    Raises ValueError on unequal shapes.
+    """
+    shapes = {x.shape for x in (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)}
+    if len(shapes) > 1 or chosen_logps.dim() != 1:
+        raise ValueError(f"log-probabilities of shapes {shapes} are not (N,) each: sum them over the completion")
+    chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
+    rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
+    z = chosen_rewards - rejected_rewards  # log-odds of P(chosen > rejected)
+    right, wrong = torch.nn.functional.logsigmoid(z), torch.nn.functional.logsigmoid(-z)
+    losses = -(1 - label_smoothing) * right - label_smoothing * wrong
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """sum(x * mask) / sum(mask), a scalar."""
+    return (x * mask).sum() / mask.sum()
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+# Pairs of the built-in task: a minute on two cores.
+ARITHMETIC_ROWS = {"train": 6_000, "test": 2_000}
+
+
+def solve(numbers: list[int], slip: float, habit: float, rng: random.Random) -> str:
+    """The running sum of `numbers`, line by line, closed by `#### total`, with the demonstrator's two faults.
+
+    slip: probability of a wrong step that carries on. habit: probability that adding 7 comes out one too high.
+    """
+    total, lines = numbers[0], []
+    for number in numbers[1:]:
+        result = total + number
+        if number == 7 and rng.random() < habit:
+            result += 1
+        elif rng.random() < slip:
+            result += rng.choice((-1, 1, 2)) if result else 1
+        lines.append(f"{total}+{number}={result}\n")
+        total = result
+    return "".join(lines) + f"#### {total}"
+
+
+def arithmetic_rows(split: str, num_rows: int) -> list[dict]:
+    """The built-in task: distinct chains of 2 to 5 one-digit numbers; a tenth of all prompts is the `test` split.
+
+    completion: a demonstration with both faults. chosen: a flawless one. rejected: one whose faults made it wrong.
+    """
+    rng, pair_rng, rows, seen = random.Random(f"arithmetic {split}"), random.Random(f"pairs {split}"), [], set()
+    while len(rows) < num_rows:
+        numbers = [rng.randrange(10) for _ in range(rng.randint(2, 5))]
+        prompt = "+".join(map(str, numbers)) + "="
+        is_test = zlib.crc32(prompt.encode()) % 10 == 0
+        if is_test == (split == "test") and prompt not in seen:
+            seen.add(prompt)
+            completion = solve(numbers, slip=0.1, habit=0.6, rng=rng)
+            chosen = rejected = solve(numbers, slip=0.0, habit=0.0, rng=pair_rng)
+            while rejected.rpartition(" ")[2] == str(sum(numbers)):
+                rejected = solve(numbers, slip=0.1, habit=0.6, rng=pair_rng)
+            row = {"prompt": prompt, "completion": completion, "answer": str(sum(numbers))}
+            rows.append({**row, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def as_messages(prompt: str | list[dict], system_prompt: str | None) -> list[dict]:
+    """A prompt (text or messages) as messages, behind the system prompt if there is one."""
+    if not prompt or not isinstance(prompt, (str, list)):
+        raise ValueError(f"expected text or messages, found {prompt!r}")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [*([{"role": "system", "content": system_prompt}] if system_prompt else []), *messages]
+
+
+def prompt_of(row: dict) -> str | list[dict]:
+    """The prompt of a row, text or messages: its column `prompt`, else `question`."""
+    return row["prompt"] if "prompt" in row else row["question"]
+
+
+def render(tokenizer, messages: list[dict], generation_prompt: bool = False) -> str:
+    """The text of a conversation under the tokenizer's chat template."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+
+
+def encode_prompt(tokenizer, row: dict, system_prompt: str | None) -> list[int]:
+    """The one function that turns a prompt into ids: by the chat template where there is one, else as plain text.
+
+    Plain text gets one BOS if the tokenizer uses BOS; a template brings its own.
+    """
+    messages, bos = as_messages(prompt_of(row), system_prompt), tokenizer.bos_token_id
+    if tokenizer.chat_template:
+        return tokenizer.encode(render(tokenizer, messages, generation_prompt=True), add_special_tokens=False)
+    ids = tokenizer.encode("\n\n".join(message["content"] for message in messages), add_special_tokens=False)
+    uses_bos = bos is not None and tokenizer.encode("a")[:1] == [bos]
+    return [bos, *ids] if uses_bos and ids[:1] != [bos] else ids
+
+
+def extend(tokenizer, ids: list[int], done: str, text: str) -> list[int]:
+    """Ids of what `text` adds to its beginning `done` with the ids `ids`: in context if that keeps them, else alone."""
+    whole = tokenizer.encode(text, add_special_tokens=False)
+    if whole[: len(ids)] == ids:
+        return whole[len(ids) :]
+    return tokenizer.encode(text[len(done) :], add_special_tokens=False)
+
+
+def encode_row(tokenizer, row: dict, system_prompt: str | None, eos_ids: list[int]) -> tuple[list[int], list[int]]:
+    """A row of SFT data as ids and mask: 1 on what is trained, up to and including its end of turn, else 0.
+
+    Of `messages` every assistant turn is trained, of `prompt` and `completion` the completion alone. Turns
+    extend what precedes them, so that a prompt has the very ids that sampling will start from.
+    Raises ValueError if the chat template changes earlier text once a turn follows.
+    """
+    if "messages" in row:
+        messages = as_messages(row["messages"], system_prompt)
+    else:
+        completion = as_messages(row["completion" if "completion" in row else "answer"], None)[0]["content"]
+        messages = [*as_messages(prompt_of(row), system_prompt), {"role": "assistant", "content": completion}]
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = turns if "messages" in row else turns[-1:]
+    if not turns or (not tokenizer.chat_template and turns != [len(messages) - 1]):
+        raise ValueError("it needs an assistant turn: just one, as the last, if the tokenizer has no chat template")
+    ids, mask, done = [], [], ""
+    for i in turns:
+        if tokenizer.chat_template:
+            prompt, turn = render(tokenizer, messages[:i], generation_prompt=True), render(tokenizer, messages[: i + 1])
+            if not (prompt.startswith(done) and turn.startswith(prompt)):
+                raise ValueError(f"the chat template changes what precedes turn {i} once it follows: one row per turn")
+            prompt_ids = extend(tokenizer, ids, done, prompt)
+            completion_ids, done = extend(tokenizer, ids + prompt_ids, prompt, turn), turn
+        else:
+            prompt_ids = encode_prompt(tokenizer, {"prompt": messages[:i]}, None)
+            completion_ids = tokenizer.encode(messages[i]["content"], add_special_tokens=False)
+        ends = [k + 1 for k, token in enumerate(completion_ids) if token in eos_ids]
+        if not ends:
+            completion_ids, ends = [*completion_ids, tokenizer.eos_token_id], [len(completion_ids) + 1]
+        ids += prompt_ids + completion_ids  # what the template puts after the end of turn, a newline say, has mask 0
+        mask += [0] * len(prompt_ids) + [1] * ends[0] + [0] * (len(completion_ids) - ends[0])
+    length = len(mask) - mask[::-1].index(1)
+    return ids[:length], mask[:length]
+
+
+def encode_pair(tokenizer, row: dict, system_prompt: str | None, eos_ids: list[int]) -> tuple[tuple, tuple]:
+    """(ids, mask) of the chosen and of the rejected side; mask is 1 on the completion, its end of turn included."""
+    texts = [{"prompt": prompt_of(row), "completion": row[side]} for side in ("chosen", "rejected")]
+    return tuple(encode_row(tokenizer, text, system_prompt, eos_ids) for text in texts)
+
+
+def split_pair(row: dict, chat: bool) -> dict | None:
+    """The row with `prompt` and the texts `chosen` and `rejected`; None if the sides part before the last turn.
+
+    Without a prompt, or as lists of messages, the sides are whole conversations, and what precedes their last turn is
+    the prompt: messages, or text in the layout of HH-RLHF, which becomes messages if `chat` (there is a template).
+    """
+    prompt, chosen, rejected = row.get("prompt", row.get("question")), row["chosen"], row["rejected"]
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        prompt = chosen[:-1] or prompt
+        if chosen[:-1] != rejected[:-1]:
+            return None
+        if not prompt or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
+            raise ValueError("`chosen` and `rejected` must close with an assistant turn, after a prompt")
+        chosen, rejected = chosen[-1]["content"], rejected[-1]["content"]
+    elif not prompt:
+        mark = "\n\nAssistant:"
+        end = chosen.rfind(mark) + len(mark)
+        if end < len(mark):
+            raise ValueError("without a column `prompt` it needs turns marked `\\n\\nHuman:` and `\\n\\nAssistant:`")
+        if rejected[:end] != chosen[:end] or mark in rejected[end:]:
+            return None
+        prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
+        if chat:
+            turns = re.split(r"\n\n(Human|Assistant):", prompt.removesuffix(mark))[1:]  # speaker, text, speaker, ...
+            roles = {"Human": "user", "Assistant": "assistant"}
+            prompt = [{"role": roles[who], "content": text.strip()} for who, text in zip(turns[::2], turns[1::2])]
+            chosen, rejected = chosen.strip(), rejected.strip()
+    return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def select_pairs(rows: list[dict], chat: bool, flag: str) -> list[dict]:
+    """The rows as `split_pair` makes them, without those that hold no preference; says what was dropped, and why."""
+    kept, seen = [], set()
+    dropped = dict.fromkeys(("equal sides", "sides that part before the last turn", "an empty side"), 0)
+    repeated = contradicted = 0
+    for i, row in enumerate(rows):
+        try:
+            pair = split_pair(row, chat)
+            equal = pair and pair["chosen"] == pair["rejected"]
+            empty = pair and not (pair["chosen"].strip() and pair["rejected"].strip())
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # what a malformed row makes it raise
+            raise SystemExit(f"{flag}: row {i} is no pair: {error!r}; the row is {row}") from error
+        for reason, found in zip(dropped, (equal, pair is None, empty and not equal)):
+            dropped[reason] += bool(found)
+        if pair is None or equal or empty:
+            continue
+        sides = pair["chosen"], pair["rejected"]
+        key, turned = (json.dumps([pair["prompt"], *order]) for order in (sides, sides[::-1]))
+        repeated, contradicted = repeated + (key in seen), contradicted + (turned in seen)
+        seen.add(key)
+        kept.append(pair)
+    reasons = ", ".join(f"{count:,} with {reason}" for reason, count in dropped.items() if count)
+    require(kept, f"{flag}: no preference remains of {len(rows):,} pairs: {reasons}")
+    if reasons:
+        print(f"{flag}: dropped of {len(rows):,} pairs: {reasons}")
+    if repeated or contradicted:
+        print(f"{flag}: {repeated:,} pairs repeat an earlier one and {contradicted:,} contradict one; all are kept")
+    return kept
+
+
+def audit(pairs: list[tuple], flag: str):
+    """Prints how the sides differ in length, the commonest thing to learn instead of the preference."""
+    lengths = torch.tensor([[len(ids) for ids, _ in pair] for pair in pairs], dtype=torch.float64)
+    longer, equal = (lengths[:, 0] > lengths[:, 1]).double().mean(), (lengths[:, 0] == lengths[:, 1]).double().mean()
+    means, largest = lengths.mean(0).tolist(), int(lengths.max())
+    print(f"{flag}: {len(pairs):,} pairs; the chosen side is longer in {longer:.1%}, as long in {equal:.1%};", end=" ")
+    print(f"mean tokens with the prompt {means[0]:.1f} chosen, {means[1]:.1f} rejected, at most {largest:,}")
+
+
+# ------------------------------------------------------------------------------------------ model and log-probabilities
+
+
+def token_logprobs(model, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log pi(ids[n, t] | ids[n, :t]) and the entropy (nats) of that distribution where mask is 1, else 0.
+
+    ids, mask: (N, L), right-padded; results: (N, L) float32, differentiable. The logits are divided by `temperature`.
+    No attention mask: under a causal model, right padding is never seen. Only positions with mask 1 go through the
+    output head, a chunk at a time and recomputed in the backward pass, so at most one (chunk, V) block of logits lives.
+    Raises ValueError if an action stands at index 0, where nothing precedes it.
+    """
+    if ids.shape != mask.shape or mask[:, 0].any():
+        raise ValueError(f"ids {ids.shape} and mask {mask.shape} must agree, and no action may be the first token")
+    hidden = model.get_decoder()(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # (N, L - 1, D)
+    n, t = mask.nonzero(as_tuple=True)  # (num_actions,) each
+    hidden, targets = hidden[n, t - 1], ids[n, t]  # the state before token t decides it
+    head = model.get_output_embeddings()
+    chunk = max(1, 2**24 // head.weight.shape[0])  # 64 MiB of float32 logits
+    results = [
+        checkpoint(head_logprobs, head, h, y, temperature, use_reentrant=False)
+        for h, y in zip(hidden.split(chunk), targets.split(chunk))
+    ]
+    logprobs, entropy = torch.cat(results, 1)  # (num_actions,) each
+    zeros = torch.zeros(ids.shape, device=ids.device)
+    return zeros.index_put((n, t), logprobs), zeros.index_put((n, t), entropy)
+
+
+def head_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Log-probability of `targets` (M,) and entropy from `hidden` (M, D), in float32: (2, M).
+
+    In one tensor, because a backward pass that reached only one of them would keep what it recomputed for the other.
+    """
+    logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (M, V)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return torch.stack([logprobs.gather(1, targets[:, None])[:, 0], entropy])
+
+
+@torch.no_grad()
+def sequence_logps(model, rows: list[tuple], max_tokens: int) -> Tensor:
+    """Log-probability of each completion, summed over its tokens: (M,) on the CPU. rows: M times (ids, mask)."""
+    logps, done, clock = torch.zeros(len(rows)), 0, time.perf_counter()
+    for indices, ids, mask in micro_batches(rows, max_tokens, model.device):
+        with autocast(model.device):
+            logps[indices] = token_logprobs(model, ids, mask)[0].sum(1).cpu()
+        done += len(indices)
+        if time.perf_counter() - clock > 10:
+            clock = time.perf_counter()
+            print(f"scored {done:,} of {len(rows):,} completions, the longest first", flush=True)
+    return logps
+
+
+def pair_logps(model, pairs: list[tuple], max_tokens: int) -> Tensor:
+    """`sequence_logps` of the chosen and the rejected side of every pair: (N, 2)."""
+    return sequence_logps(model, [side for pair in pairs for side in pair], max_tokens).view(-1, 2)
+
+
+def load_reference(args: Args, tokenizer, device: torch.device):
+    """The frozen model that the implicit reward is relative to. Ends the run if it reads other ids than the policy."""
+    name = args.reference or args.model
+    if args.reference:
+        other = from_hub(transformers.AutoTokenizer, name, "--reference")
+        require(other.get_vocab() == tokenizer.get_vocab(), f"--reference {name} has another tokenizer than --model")
+    return load_model(name, device, flag="--reference" if args.reference else "--model").requires_grad_(False)
+
+
+def score_completions(args: Args) -> dict[str, float]:
+    """--score-only: writes `out`/implicit_rewards.jsonl, beta * log(pi / pi_ref) of each completion; returns its means.
+
+    Rows are pairs, or prompt + completion. Only completions of one prompt compare: beta * log Z(prompt) is unknown.
+    """
+    path, device = Path(args.out) / "implicit_rewards.jsonl", pick_device()
+    require(args.overwrite or not path.exists(), f"--out: {path} exists: replace it with --overwrite")
+    rows = read_dataset(args.dataset, "test", "--dataset", ["chosen+rejected", "prompt+completion"])
+    tokenizer, eos_ids = load_tokenizer(args.model, args.max_length)
+    names = ["chosen", "rejected"] if "chosen" in rows[0] else ["completion"]
+    encoder = encode_pair if "chosen" in rows[0] else encode_row
+    encode = functools.partial(encoder, tokenizer, system_prompt=args.system_prompt, eos_ids=eos_ids)
+    if "chosen" in rows[0]:
+        rows = select_pairs(rows, bool(tokenizer.chat_template), "--dataset")
+    rows, items = encode_rows(encode, rows, args.max_length, "--max-length")
+    sides = [side for item in items for side in (item if len(names) == 2 else [item])]
+    reference = sequence_logps(load_reference(args, tokenizer, device), sides, args.micro_batch_tokens)
+    logps = sequence_logps(load_model(args.model, device), sides, args.micro_batch_tokens)
+    rewards = (args.beta * (logps - reference)).view(-1, len(names))
+    scores = [{f"{name}_reward": value for name, value in zip(names, values)} for values in rewards.tolist()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_beside(path, "".join(json.dumps({**row, **score}) + "\n" for row, score in zip(rows, scores)))
+    metrics = {f"{name}_reward": value for name, value in zip(names, rewards.mean(0).tolist())}
+    if len(names) == 2:
+        gap = rewards[:, 0] - rewards[:, 1]
+        metrics |= {"pair_accuracy": ((gap > 0).float() + 0.5 * (gap == 0)).mean().item(), "margin": gap.mean().item()}
+    print(f"wrote {path}: {len(rows):,} rows; " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------- sampling, only for evaluation
+
+
+def extract_answer(text: str) -> str | None:
+    """The last `#### answer` line or `\\boxed{answer}`, whichever comes later, normalised; None if there is none."""
+    line, box = text.rfind("####"), text.rfind("\\boxed{")
+    if line > box:
+        return normalise(text[line:].lstrip("#").split("\n")[0])
+    if box < 0:
+        return None
+    start = end = box + len("\\boxed{")
+    depth = 1
+    while end < len(text) and depth:
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        end += 1
+    return normalise(text[start : end - 1]) if depth == 0 else None
+
+
+def normalise(answer: str) -> str | None:
+    """Drops spaces around it, `$`, commas, a trailing full stop and a trailing .0; None if nothing remains."""
+    answer = re.sub(r"\\?\$|,", "", answer).strip().removesuffix(".").strip()
+    return re.sub(r"(?<=\d)\.0+$", "", answer) or None
+
+
+def exact_match(completion: str, answer: str) -> float:
+    """1.0 if the completion's extracted answer equals `answer` (bare, or a full solution that closes with it)."""
+    answer = str(answer)
+    expected = extract_answer(answer) or normalise(answer)
+    return float(expected is not None and extract_answer(completion) == expected)
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompts: list[list[int]],
+    num_samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    eos_ids: list[int],
+    uniforms: Tensor,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Samples `num_samples` completions of each prompt: ids and their log-probabilities, prompt-major, B*G of each.
+
+    uniforms: (B*G, max_new_tokens) in [0, 1). Row i draws token t from uniforms[i, t] by inverse CDF of
+    softmax(logits / temperature), so what it samples depends neither on its neighbours nor on chunking.
+    Temperature 0 is greedy, with log-probabilities at temperature 1. A completion ends with the first of `eos_ids`,
+    which it keeps, or at `max_new_tokens`. Nothing of the model's generation config applies.
+
+        prefill, once per prompt     decode, one row per sample; finished rows leave the batch
+        [pad pad p0 p1] | .          left padding here alone: every row's next token has the same column
+        [p0  p1  p2 p3] | .
+    """
+    was_training, device, num_rows = model.training, model.device, len(prompts) * num_samples
+    model.eval()  # training mode may checkpoint gradients, and that drops the cache
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # (B, P)
+    seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    position = (seen.cumsum(1) - 1).clamp(min=0)
+    output = model(input_ids=ids, attention_mask=seen, position_ids=position, use_cache=True, logits_to_keep=1)
+    cache, unfinished = output.past_key_values, torch.arange(num_rows, device=device)
+    cache.batch_repeat_interleave(num_samples)
+    logits, seen, position = (x.repeat_interleave(num_samples, 0) for x in (output.logits, seen, position[:, -1:]))
+    tokens = torch.full((num_rows, max_new_tokens), -1, device=device)
+    logprobs = torch.zeros(num_rows, max_new_tokens, device=device)
+    precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    stops, uniforms = torch.tensor(eos_ids, dtype=torch.long, device=device), uniforms.to(device, precise)
+    for t in range(max_new_tokens):
+        step_logprobs = (logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # (rows left, V)
+        if temperature:  # the first token whose cumulative probability exceeds the draw
+            cdf = step_logprobs.exp().cumsum(-1, dtype=precise)
+            token = torch.searchsorted(cdf, uniforms[unfinished, t, None] * cdf[:, -1:], right=True)
+            token = token.clamp(max=cdf.shape[1] - 1)
+        else:
+            token = step_logprobs.argmax(-1, keepdim=True)  # (rows left, 1)
+        tokens[unfinished, t], logprobs[unfinished, t] = token[:, 0], step_logprobs.gather(1, token)[:, 0]
+        left = (~torch.isin(token[:, 0], stops)).nonzero()[:, 0]
+        if t + 1 == max_new_tokens or not len(left):
+            break
+        if len(left) < len(unfinished):
+            cache.batch_select_indices(left)
+            unfinished, token, seen, position = unfinished[left], token[left], seen[left], position[left]
+        seen, position = torch.cat([seen, seen.new_ones(len(seen), 1)], 1), position + 1
+        logits = model(
+            input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True
+        ).logits
+    model.train(was_training)
+    lengths, tokens, logprobs = (tokens >= 0).sum(1).tolist(), tokens.tolist(), logprobs.tolist()
+    return [x[:k] for x, k in zip(tokens, lengths)], [x[:k] for x, k in zip(logprobs, lengths)]
+
+
+def rollout(model, prompts, num_samples, temperature, eos_ids, uniforms, batch_size) -> tuple[list, list]:
+    """`generate`, at most `batch_size` sequences at a time, so that the KV cache stays bounded."""
+    completions, logprobs, chunk = [], [], max(1, batch_size // num_samples)  # chunk: prompts at a time
+    for start in range(0, len(prompts), chunk):
+        part, draws = prompts[start : start + chunk], uniforms[start * num_samples : (start + chunk) * num_samples]
+        with autocast(model.device):
+            results = generate(model, part, num_samples, uniforms.shape[1], temperature, eos_ids, draws)
+        completions, logprobs = completions + results[0], logprobs + results[1]
+    return completions, logprobs
+
+
+def evaluate(policy, tokenizer, rows, prompts, reward_of, args, eos_ids) -> dict[str, float]:
+    """Accuracy (where rows have an `answer`) and mean reward on held-out prompts, sampled at temperature 1 and greedy.
+
+    Sampling always takes the same draws. prompts: their ids. reward_of: `compute_rewards` for prompts, completions
+    and rows, or None. answered_*: the share of completions that hold a readable answer, right or wrong.
+    """
+    metrics, answers = {}, [row.get("answer") for row in rows]
+    uniforms = draw_uniforms(0, "evaluation", 0, len(prompts), args.max_new_tokens)
+    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        completions, _ = rollout(policy, prompts, 1, temperature, eos_ids, uniforms, args.rollout_batch_size)
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        if None not in answers:
+            metrics[f"eval/accuracy_{name}"] = sum(map(exact_match, texts, answers)) / len(rows)
+            metrics[f"eval/answered_{name}"] = sum(extract_answer(text) is not None for text in texts) / len(rows)
+        if reward_of is not None:
+            metrics[f"eval/reward_{name}"] = reward_of([prompt_of(row) for row in rows], texts, rows)[0].mean().item()
+    return metrics
+
+
+def evaluate_dpo(model, tokenizer, rows, pairs, references, args, eos_ids) -> dict[str, float]:
+    """The metrics of a step on held-out pairs and, where all rows have an `answer`, accuracy. references: (N, 2)."""
+    logps = pair_logps(model, pairs, args.micro_batch_tokens)
+    losses, chosen, rejected = dpo_loss(*logps.unbind(1), *references.unbind(1), args.beta)
+    means = Means()
+    means.add(loss=losses, **preference_metrics(logps.T, chosen, rejected))
+    metrics = {f"eval/{name}": value for name, value in means.result().items()}
+    if all(row.get("answer") is not None for row in rows):
+        prompts = [ids[: mask.index(1)] for (ids, mask), _ in pairs]
+        metrics |= evaluate(model, tokenizer, rows, prompts, None, args, eos_ids)
+    return metrics
+
+
+def preference_metrics(logps: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:
+    """What the header lists, per pair, (N,) each. logps: (2, N), chosen and rejected."""
+    gap = chosen_rewards - rejected_rewards
+    return {
+        "pair_accuracy": (gap > 0).float() + 0.5 * (gap == 0), "margin": gap, "chosen_reward": chosen_rewards,
+        "rejected_reward": rejected_rewards, "chosen_logps": logps[0], "rejected_logps": logps[1],
+    }  # fmt: skip
+
+
+def sample_rows(model, tokenizer, rows, data, args, eos_ids, step: int) -> list[dict]:
+    """One sampled completion of each row's first prompt, to read; reward: 1.0 if it is right, None without answer."""
+    uniforms = draw_uniforms(args.seed, "samples", step, len(rows), args.max_new_tokens)
+    prompts = [ids[: mask.index(1)] for ids, mask in data]
+    completions, _ = rollout(model, prompts, 1, 1.0, eos_ids, uniforms, args.rollout_batch_size)
+    samples = []
+    for row, prompt, text in zip(rows, prompts, tokenizer.batch_decode(completions, skip_special_tokens=True)):
+        reward = exact_match(text, row["answer"]) if row.get("answer") is not None else None
+        samples.append({"prompt": tokenizer.decode(prompt), "completion": text, "reward": reward})
+    return samples
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def main(args: Args) -> dict[str, float]:
+    """Trains, and returns the last row of metrics.jsonl beside the first evaluation (before/...)."""
+    if args.score_only:
+        return score_completions(args)
+    run, device = Run(args), pick_device()
+    train_rows, eval_rows = load_data(args, ["chosen+rejected"])
+    tokenizer, eos_ids = load_tokenizer(args.model, args.max_length + args.max_new_tokens)
+    encode = functools.partial(encode_pair, tokenizer, system_prompt=args.system_prompt, eos_ids=eos_ids)
+    data = []
+    for rows, flag in ((train_rows, "--dataset"), (eval_rows, "evaluation rows")):
+        rows = select_pairs(rows, bool(tokenizer.chat_template), flag)
+        rows, pairs = encode_rows(encode, rows, args.max_length, "--max-length")
+        audit(pairs, flag)
+        data.append((rows, pairs))
+    (train_rows, train_pairs), (eval_rows, eval_pairs) = data
+    require(len(train_pairs) >= args.batch_size, f"--batch-size: there are only {len(train_pairs)} pairs")
+    steps = args.steps or math.ceil(args.epochs * len(train_pairs) / args.batch_size)
+    if run.finished(steps):
+        return run.summary()
+
+    if run.checkpoint is None:
+        reference = load_reference(args, tokenizer, device)
+        references = pair_logps(reference, train_pairs + eval_pairs, args.micro_batch_tokens)  # (N, 2)
+        del reference
+    model = load_model(run.checkpoint or args.model, device, args.gradient_checkpointing)
+    peak_lr = args.lr or (1e-4 if model.num_parameters() < 10_000_000 else 1e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), peak_lr, betas=(0.9, args.adam_beta2), weight_decay=0.0)
+    print(f"{model.num_parameters():,} parameters on {device}, {len(train_pairs):,} pairs, peak lr {peak_lr:g}")
+    run.start({"optimizer": optimizer}, peak_lr=peak_lr, steps=steps)
+    if run.checkpoint:
+        references = run.state["references"]
+    eval_references = references[len(train_pairs) :]
+    evaluation = (model, tokenizer, eval_rows, eval_pairs, eval_references, args, eos_ids)
+    if run.step == 0:
+        run.log(0, steps, evaluate_dpo(*evaluation))
+
+    for step in range(run.step + 1, steps + 1):
+        # (1) batch
+        clock = time.perf_counter()
+        rows = shuffled_indices(len(train_pairs), args.seed, "pairs", step, args.batch_size)
+        batch, means = [train_pairs[i] for i in rows], Means()
+
+        # (2) loss: both sides of a pair in one micro-batch, since its loss is one of their difference
+        for indices, ids, mask in pair_batches(batch, args.micro_batch_tokens, device):
+            with autocast(device):
+                logps = token_logprobs(model, ids, mask)[0].sum(1).view(2, -1)  # (2, n); 0 where mask is 0
+            ref = references[[rows[i] for i in indices]].T.to(device)  # (2, n)
+            losses, chosen, rejected = dpo_loss(*logps, *ref, args.beta, args.label_smoothing)  # (n,) each
+            run.backward(losses.sum() / args.batch_size)
+            means.add(**preference_metrics(logps, chosen, rejected))
+            if not run.checked:
+                run.check_first_batch(tokenizer, ids, mask, None, means)
+
+        # (3) update
+        lr = learning_rate(args, step, steps, peak_lr)
+        metrics = {**run.update(optimizer=lr), **means.result(), "lr": lr}
+        seconds = time.perf_counter() - clock
+        num_tokens = sum(len(ids) for pair in batch for ids, _ in pair)
+        metrics |= {"time/step_s": seconds, "time/tokens_per_s": num_tokens / seconds}
+        if step == steps or step % args.eval_every == 0:
+            metrics |= evaluate_dpo(*evaluation)
+        samples = []
+        if step % args.sample_every == 0:
+            chosen_sides = [pair[0] for pair in eval_pairs[:4]]
+            samples = sample_rows(model, tokenizer, eval_rows[:4], chosen_sides, args, eos_ids, step)
+        run.log(step, steps, metrics, samples, "loss pair_accuracy margin chosen_logps grad_norm lr")
+        if step == steps or run.signal or step % args.save_every == 0:
+            run.save(step, model, tokenizer, references=references)
+    return run.finish(steps, model, tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------------------ plumbing
+# The same in every script: read it once.
+
+
+def require(ok: bool, message: str):
+    """Ends the run with `message` unless `ok`."""
+    if not ok:
+        raise SystemExit(message)
+
+
+def check_numbers(args: "Args"):
+    """Ends the run unless counts are at least 1, other numbers at least 0, and those that divide or scale above 0."""
+    for field in dataclasses.fields(args):
+        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            count = field.type in (int, int | None) and field.name not in ("seed", "warmup_steps")
+            require(math.isfinite(value) and value >= count, f"{flag} {value}: must be at least {int(count)}")
+    for name in ("lr", "temperature", "clip_eps", "max_grad_norm", "target_kl", "kl_stop"):
+        require(getattr(args, name, None) != 0, f"--{name.replace('_', '-')} must be above 0")
+    require(args.adam_beta2 < 1, f"--adam-beta2 {args.adam_beta2}: must be below 1")
+
+
+def pick_device() -> torch.device:
+    """CUDA, else MPS, else CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def autocast(device: torch.device):
+    """bfloat16 arithmetic on CUDA, over float32 weights; float32 elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def seeded(seed: int, purpose: str, step: int) -> torch.Generator:
+    """A generator that depends on the arguments alone, so that there is no generator state to save."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {purpose} {step}".encode()))
+
+
+def draw_uniforms(seed: int, purpose: str, step: int, num_rows: int, length: int) -> Tensor:
+    """(num_rows, length) float64 in [0, 1)."""
+    return torch.rand(num_rows, length, generator=seeded(seed, purpose, step), dtype=torch.float64)
+
+
+def shuffled_indices(num_rows: int, seed: int, purpose: str, step: int, count: int) -> list[int]:
+    """The `count` rows of step 1, 2, ...: slices of an endless stream of epochs, each shuffled anew."""
+    first, indices = (step - 1) * count, []
+    for epoch in range(first // num_rows, (first + count - 1) // num_rows + 1):
+        order = torch.randperm(num_rows, generator=seeded(seed, purpose, epoch))
+        indices += order[max(0, first - epoch * num_rows) : first + count - epoch * num_rows].tolist()
+    return indices
+
+
+def micro_batches(rows: list[tuple], max_tokens: int, device: torch.device, pad_id: int = 0) -> Iterator[tuple]:
+    """Rows of (ids, mask, ...), lists of one length, as right-padded tensors: indices (n), ids (n, L), mask (n, L), ...
+
+    The longest rows come first; n * L is at most `max_tokens`, except that a longer row comes alone. What pads ids is
+    of no consequence under a causal model.
+    """
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+    while order:
+        width = len(rows[order[0]][0])
+        batch, order = order[: max(1, max_tokens // width)], order[max(1, max_tokens // width) :]
+        ids, *others = zip(*(rows[i] for i in batch))
+        ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in ids], device=device)
+        others = [[row + [0] * (width - len(row)) for row in column] for column in others]
+        yield batch, ids, *(torch.tensor(column, dtype=torch.float32, device=device) for column in others)
+
+
+def pair_batches(pairs: list[tuple], max_tokens: int, device: torch.device) -> Iterator[tuple]:
+    """Pairs of (ids, mask) as right-padded tensors: indices (n), ids (2n, L), mask (2n, L), first the n chosen sides.
+
+    The longest pairs come first; 2n * L is at most `max_tokens`, except that a longer pair comes alone.
+    """
+    widths = [max(len(ids) for ids, _ in pair) for pair in pairs]
+    order = sorted(range(len(pairs)), key=lambda i: -widths[i])
+    while order:
+        width = widths[order[0]]
+        count = max(1, max_tokens // (2 * width))
+        batch, order = order[:count], order[count:]
+        sides = [pairs[i][side] for side in (0, 1) for i in batch]
+        ids, mask = ([row + [0] * (width - len(row)) for row in column] for column in zip(*sides))
+        yield batch, torch.tensor(ids, device=device), torch.tensor(mask, dtype=torch.float32, device=device)
+
+
+def learning_rate(args: "Args", step: int, steps: int, peak: float) -> float:
+    """Linear warm-up to `peak` over `warmup_steps`, then the decay of `lr_schedule`, at step 1, 2, ... `steps`."""
+    if step < args.warmup_steps:
+        return peak * step / args.warmup_steps
+    left = (steps + 1 - step) / (steps + 1 - args.warmup_steps)  # 1 at the end of the warm-up, 0 after the last step
+    return peak * {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[args.lr_schedule]
+
+
+@functools.cache
+def hub_is_out_of_reach() -> bool:
+    """Asked once, because the Hub's own client goes on trying for half a minute."""
+    try:
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
+    except OSError as error:
+        return not isinstance(error, urllib.error.HTTPError)  # which would be an answer
+    return False
+
+
+def from_hub(loader, name: str, flag: str, new: tuple[str, ...] = (), **options):
+    """loader.from_pretrained of a local folder or Hub id. Ends the run, naming the flag, if that fails.
+
+    With `output_loading_info` among the options it also ends if weights are missing, but for those in `new`.
+    """
+    hints = {"runs/sft": "; `python sft.py` makes it", "runs/rm": "; `python rm.py` makes it"}
+    local, hint = Path(name).is_dir(), hints.get(name, "")
+    is_path = name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1
+    require(local or not is_path, f"{flag} {name}: there is no such folder{hint}")
+    try:
+        loaded = loader.from_pretrained(name, local_files_only=local or hub_is_out_of_reach(), **options)
+    except Exception as error:  # whatever a missing or broken file makes the libraries raise
+        raise SystemExit(f"{flag} {name} cannot be loaded: {error}") from error
+    if "output_loading_info" in options:
+        missing = sorted(set(loaded[1]["missing_keys"]) - set(new))
+        require(not missing, f"{flag} {name} lacks weights, so they would be random: {missing[:5]}")
+        return loaded[0]
+    return loaded
+
+
+def load_tokenizer(name: str, num_tokens: int):
+    """The tokenizer and the ids that end a completion: its EOS, the generation config's, the template's end of turn.
+
+    Ends the run if there is no EOS or if `num_tokens` do not fit the model's window.
+    """
+    tokenizer = from_hub(transformers.AutoTokenizer, name, "--model")
+    config = from_hub(transformers.AutoConfig, name, "--model")
+    require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no eos_token, so nothing could end")
+    window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
+    require(num_tokens <= window, f"--model {name} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
+    try:
+        offline = Path(name).is_dir() or hub_is_out_of_reach()
+        stops = transformers.GenerationConfig.from_pretrained(name, local_files_only=offline).eos_token_id
+    except OSError:  # it has none
+        stops = config.get_text_config().eos_token_id
+    eos_ids = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "@answer@"}]
+        tail = render(tokenizer, turns).rpartition("@answer@")[2]
+        eos_ids |= set(tokenizer.encode(tail, add_special_tokens=False)[:1]) & set(tokenizer.added_tokens_decoder)
+    return tokenizer, sorted(eos_ids)
+
+
+def load_config(name: str, flag: str):
+    """The configuration of a model, without dropout: with it, sampling and training would see different models."""
+    config = from_hub(transformers.AutoConfig, name, flag)
+    for part in (config, config.get_text_config()):
+        for key in [key for key in part.to_dict() if key.endswith(("dropout", "pdrop"))]:
+            setattr(part, key, 0.0)
+    return config
+
+
+def load_model(name: str, device: torch.device, gradient_checkpointing: bool = False, flag: str = "--model"):
+    """A causal language model in float32, whatever its folder holds, without dropout."""
+    options = {"config": load_config(name, flag), "dtype": torch.float32, "output_loading_info": True}
+    model = from_hub(transformers.AutoModelForCausalLM, name, flag, **options)
+    return prepare_model(model, device, gradient_checkpointing)
+
+
+def to_device(model, device: torch.device, gradient_checkpointing: bool):
+    """The model on `device`, in training mode."""
+    model = model.to(device).train()
+    for parameter in model.parameters():  # fresh, aligned memory: a resumed run then adds up the same bits
+        parameter.data = parameter.data.clone()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def prepare_model(model, device: torch.device, gradient_checkpointing: bool):
+    """The model on `device`, ready to train. Ends the run if its logits are not those that token_logprobs computes."""
+    model = to_device(model, device, gradient_checkpointing)
+    ids = torch.arange(8, device=device)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        logprobs, _ = token_logprobs(model, ids, (ids > 0).float())
+    same = (expected.gather(1, ids[0, 1:, None])[:, 0] - logprobs[0, 1:]).abs().max() < 1e-3
+    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # shows on large logits only
+    require(same and not capped, "--model: its logits are more than lm_head(hidden), all that token_logprobs knows")
+    return model
+
+
+def read_dataset(name: str, split: str, flag: str, wanted: list[str]) -> list[dict]:
+    """Rows of `arithmetic`, a local file or a Hub dataset, if they have one of the `wanted` sets of columns."""
+    if name == "arithmetic":
+        return arithmetic_rows(split, ARITHMETIC_ROWS[split])
+    formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    file_format = formats.get(Path(name.removesuffix(".gz")).suffix)
+    require(not file_format or Path(name).is_file(), f"{flag} {name}: there is no such file")
+    try:
+        if not file_format:
+            hub_name, config, chosen = (*name.split(":", 2), "", "")[:3]
+            datasets.config.HF_HUB_OFFLINE |= hub_is_out_of_reach()
+            rows = list(datasets.load_dataset(hub_name, config or None, split=chosen or split))
+        else:
+            empty = Path(name).stat().st_size == 0
+            rows = [] if empty else list(datasets.load_dataset(file_format, data_files=name, split="train"))
+    except Exception as error:  # whatever a missing or broken dataset makes the library raise
+        raise SystemExit(f"{flag} {name} cannot be read: {error}") from error
+    require(len(rows) > 0, f"{flag} {name} holds no rows")
+    found = [columns.split("+") for columns in wanted if set(columns.split("+")) <= set(rows[0])]
+    require(found, f"{flag} {name} has the columns {', '.join(rows[0])}; this script needs {' or '.join(wanted)}")
+    for i, row in enumerate(rows):
+        require(all(row[column] is not None for column in found[0]), f"{flag} {name}: row {i} lacks a value: {row}")
+    return rows
+
+
+def load_data(args: "Args", wanted: list[str]) -> tuple[list[dict], list[dict]]:
+    """Training and evaluation rows: `eval_dataset`, else the Hub's test or validation split, else the last rows."""
+    rows, held_out = read_dataset(args.dataset, "train", "--dataset", wanted), []
+    if args.eval_dataset or args.dataset == "arithmetic":
+        held_out = read_dataset(args.eval_dataset or args.dataset, "test", "--eval-dataset", wanted)
+    elif not Path(args.dataset).is_file():
+        hub_name, config, chosen = (*args.dataset.split(":", 2), "", "")[:3]
+        try:
+            names = datasets.get_dataset_split_names(hub_name, config or None)
+        except Exception as error:  # whatever the library raises
+            raise SystemExit(
+                f"--dataset {args.dataset}: its splits are unknown: {error}; give --eval-dataset"
+            ) from error
+        for split in [name for name in ("test", "validation") if name in names and not chosen.startswith(name)][:1]:
+            held_out = read_dataset(f"{hub_name}:{config}:{split}", split, "--eval-dataset", wanted)
+    if not held_out:
+        require(args.eval_size < len(rows), f"--eval-size {args.eval_size} leaves no row of {len(rows)} to train on")
+        rows, held_out = rows[: -args.eval_size], rows[-args.eval_size :]
+    return rows, held_out[: args.eval_size]
+
+
+def encode_rows(encode: Callable, rows: list[dict], max_length: int, flag: str) -> tuple[list[dict], list]:
+    """The rows that are not too long, and what `encode` makes of each: ids, (ids, mask), or a pair of (ids, mask)."""
+    kept, encoded = [], []
+    for i, row in enumerate(rows):
+        try:
+            item = encode(row)
+        except Exception as error:  # a chat template may raise anything
+            hint = " (drop --system-prompt?)" if "system" in str(error).lower() else ""
+            raise SystemExit(f"row {i} cannot be encoded: {error}{hint}; the row is {row}") from error
+        parts = item if isinstance(item, tuple) else (item,)
+        if max(len(part[0] if isinstance(part, tuple) else part) for part in parts) <= max_length:
+            kept.append(row)
+            encoded.append(item)
+        if (i + 1) % 50_000 == 0:
+            print(f"encoded {i + 1:,} of {len(rows):,} rows", flush=True)
+    require(len(kept) > 0, f"all {len(rows)} rows are longer than {flag} {max_length} (tokens): raise it")
+    if len(kept) < len(rows):
+        print(f"dropped {len(rows) - len(kept):,} of {len(rows):,} rows: longer than {flag} {max_length} (tokens)")
+    return kept, encoded
+
+
+class Means:
+    """Sums and counts over all micro-batches, divided only at the end; a name that ends in _max keeps the largest."""
+
+    def __init__(self):
+        self.sums, self.counts = {}, {}
+
+    def add(self, mask: Tensor | None = None, **values):
+        """values: numbers or tensors by name; with a mask of their shape, only where that is 1. Kept on the device."""
+        for name, x in values.items():
+            x = torch.as_tensor(x).detach().float()
+            weight = torch.ones_like(x) if mask is None else mask
+            if name.endswith("_max"):
+                largest = (x * weight).max()
+                self.sums[name], self.counts[name] = torch.maximum(largest, self.sums.get(name, largest)), 1
+            else:
+                self.sums[name] = self.sums.get(name, 0) + (x * weight).sum()
+                self.counts[name] = self.counts.get(name, 0) + weight.sum()
+
+    def result(self) -> dict[str, float]:
+        return {name: float(total / self.counts[name]) for name, total in self.sums.items()}
+
+
+class Run:
+    """The output folder: args.json, metrics.jsonl, samples.jsonl, checkpoints/step-N, and the final model.
+
+    Whatever is more than a line is written beside its place and renamed: a kill leaves what --resume goes on from.
+    """
+
+    free = ("resume", "overwrite", "track", "wandb_project", "sample_every", "save_every", "save_dtype", "out")
+    files = "metrics.jsonl samples.jsonl checkpoints wandb config.json generation_config.json model.safetensors"
+    files += (
+        " model.safetensors.index.json model-*-of-*.safetensors tokenizer.json tokenizer_config.json tokenizer.model"
+    )
+    files += " special_tokens_map.json added_tokens.json chat_template.jinja vocab.json vocab.txt merges.txt"
+
+    def __init__(self, args: "Args"):
+        """Decides between a new run and a resumed one and refuses what would lose something. Writes nothing."""
+        self.args, self.out, self.settings = args, Path(args.out), json.loads(json.dumps(vars(args)))
+        self.step = self.first = 0  # the last step that is done; the one that this process begins after
+        self.checkpoint = None  # the folder to load from instead of --model
+        self.rows, self.record = [], {}  # of metrics.jsonl; the content of args.json
+        self.optimizers, self.state = {}, {}  # by name; what state.pt holds beside them
+        self.loss = self.skipped = self.skipped_in_a_row = self.signal = 0
+        self.checked, self.wandb, self.clock = False, None, time.perf_counter()
+        read = [getattr(args, name, None) for name in ("model", "reference", "value_model")]
+        for folder in (*read, *getattr(args, "reward", ())):
+            path = Path(folder or "").resolve()
+            inside = folder and path.is_dir() and self.out.resolve() in (path, *path.parents)
+            require(not inside, f"--out {self.out} holds {folder}, which this run reads: choose another --out")
+        require(not (args.resume and args.overwrite), "--resume goes on from a run, --overwrite removes it: give one")
+        require(not self.out.is_file(), f"--out {self.out} is a file: name a folder")
+        try:
+            saved = self.out / "args.json"
+            self.record = json.loads(saved.read_text()) if saved.exists() else {}
+        except ValueError as error:
+            raise SystemExit(f"--out {self.out}: its args.json is broken ({error}): choose another --out") from error
+        ours = {"args", "resolved"} <= set(self.record)
+        held = sorted(path.name for pattern in ("args.json " + self.files).split() for path in self.out.glob(pattern))
+        require(ours or not held, f"--out {self.out} holds {held}, which no run of ours wrote: choose another --out")
+        may_go = not ours or args.resume or args.overwrite
+        require(may_go, f"--out {self.out} holds a run: go on with --resume, or start anew with --overwrite")
+        self.record = self.record if args.resume else {}
+        if self.record:
+            before = self.record["args"]
+            for name, value in self.settings.items():
+                free = name in self.free or (name in ("steps", "epochs") and args.lr_schedule == "constant")
+                flag = "--" + name.replace("_", "-")
+                same = free or value == before.get(name)
+                require(same, f"--resume: {flag} was {before.get(name)!r}; {value!r} would change the result")
+            for folder in (self.out / "checkpoints").glob("step-*[0-9]"):
+                if int(folder.name.removeprefix("step-")) > self.step:
+                    self.step, self.checkpoint = int(folder.name.removeprefix("step-")), str(folder)
+
+    def finished(self, steps: int) -> bool:
+        """Whether there is nothing left to do; says so."""
+        require(steps >= self.step, f"--steps {steps}: the last checkpoint is at step {self.step} already")
+        if self.record.get("finished") == steps:
+            print(f"{self.out}: this run is finished")
+        return self.record.get("finished") == steps
+
+    def start(self, optimizers: dict[str, torch.optim.Optimizer], **resolved):
+        """Makes the folder or, resuming, restores the optimizers and cuts the logs back to the checkpoint's step."""
+        self.optimizers = optimizers
+        if self.checkpoint:
+            try:
+                self.state = torch.load(Path(self.checkpoint) / "state.pt", weights_only=True, map_location="cpu")
+                for name, optimizer in optimizers.items():
+                    optimizer.load_state_dict(self.state.pop(name))
+                self.skipped, self.skipped_in_a_row = self.state["skipped"], self.state["skipped_in_a_row"]
+            except Exception as error:  # whatever a broken file makes torch raise
+                raise SystemExit(
+                    f"--resume: {self.checkpoint} is broken: {error}; remove it to use the one before"
+                ) from error
+        logs = {"metrics.jsonl": [], "samples.jsonl": []}
+        for name in logs if self.checkpoint else ():
+            try:  # a kill may have torn what follows the last newline
+                rows = [json.loads(line) for line in (self.out / name).read_text().split("\n")[:-1]]
+                logs[name] = [row for row in rows if row["step"] <= self.step]
+            except (OSError, ValueError) as error:
+                raise SystemExit(f"--resume: {self.out / name} is broken: {error}") from error
+        self.rows = logs["metrics.jsonl"]
+        if self.args.track:
+            try:
+                import wandb
+            except ImportError as error:
+                raise SystemExit("--track needs wandb: pip install wandb") from error
+            self.wandb = wandb
+        self.out.mkdir(parents=True, exist_ok=True)
+        checkpoints, removed = self.out / "checkpoints", self.out / "checkpoints.tmp"
+        shutil.rmtree(removed, ignore_errors=True)
+        if self.args.overwrite and (self.out / "args.json").exists():  # no kill may leave a mixture of two runs
+            old = json.loads((self.out / "args.json").read_text())
+            write_beside(self.out / "args.json", json.dumps(old | {"finished": None}))
+        if self.args.overwrite and checkpoints.exists():
+            checkpoints.rename(removed)
+        wandb_id = self.record.get("wandb_id") or uuid.uuid4().hex[:8]
+        self.record = {"args": self.settings, "resolved": resolved, "wandb_id": wandb_id}
+        write_beside(self.out / "args.json", json.dumps(self.record, indent=2))  # marks the folder as a run's
+        patterns = ["checkpoints.tmp", "checkpoints/*.tmp", *(self.files.split() if self.args.overwrite else [])]
+        for path in [path for pattern in patterns for path in self.out.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for name, rows in logs.items():
+            write_beside(self.out / name, "".join(json.dumps(row) + "\n" for row in rows))
+        if self.args.resume:
+            print(f"resuming {self.out} from step {self.step}")
+        if self.args.track:
+            options = {"id": self.record["wandb_id"], "resume": "allow", "dir": self.out, "name": self.out.name}
+            self.wandb.init(project=self.args.wandb_project, config=self.settings | resolved, **options)
+        if __name__ == "__main__":  # a notebook keeps its own Ctrl-C
+            signal.signal(signal.SIGINT, self.on_signal)
+            signal.signal(signal.SIGTERM, self.on_signal)
+        self.first, self.clock = self.step, time.perf_counter()
+
+    def on_signal(self, number: int, frame):
+        """The first signal lets the step finish and be saved; a second one stops at once."""
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("stopping after this step; once more to stop at once", flush=True)
+
+    def check_first_batch(self, tokenizer, ids: Tensor, mask: Tensor, gap: Tensor | None, means: Means):
+        """Shows what is trained. Ends the run if sampling and training log-probabilities differ by `gap` (n, L)."""
+        self.checked, actions, text = True, mask.bool(), ""
+        end = int(actions[0].nonzero()[-1]) + 1
+        for trained, tokens in itertools.groupby(range(end), key=actions[0].tolist().__getitem__):
+            piece = tokenizer.decode(ids[0, list(tokens)])
+            text += f"«{piece}»" if trained else piece
+        num_bos = 0 if tokenizer.bos_token_id is None else int((ids[0, :end] == tokenizer.bos_token_id).sum())
+        num_eos = int((actions & (ids == tokenizer.eos_token_id)).sum())
+        print(
+            f"first row, trained tokens in «», BOS {num_bos} times:\n{text}\nfirst micro-batch: {len(ids)} rows, ",
+            end="",
+        )
+        print(f"{ids.numel()} tokens with padding, {int(actions.sum())} trained, {num_eos} of them EOS")
+        if "kl_ref_seq" in means.sums:
+            print(f"KL to the reference {means.result()['kl_ref_seq']:.1e} per completion")
+        if gap is not None:
+            mean, largest = masked_mean(gap, mask).item(), (gap * mask).max().item()
+            print(f"|sampling - training log-probability|: mean {mean:.1e}, max {largest:.1e}")
+            exact = largest < 1e-3 or ids.device.type == "cuda"
+            require(exact, "sampling and training differ by more than 1e-3: this model's cached decoding is not exact")
+            if mean > 0.02:
+                print("warning: sampling and training log-probabilities differ by more than 0.02 on average")
+
+    def backward(self, loss: Tensor):
+        """Adds to the gradient. The losses of a step's micro-batches add up to the loss of the step."""
+        loss.backward()
+        self.loss = self.loss + loss.detach()
+
+    def discard(self):
+        """Forgets the gradient and the loss that have added up."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        self.loss = 0
+
+    def update(self, **rates: float) -> dict[str, float]:
+        """Clips each model's gradient to max_grad_norm and steps each optimizer at the rate given under its name.
+
+        Returns loss and grad_norm (value_grad_norm for a `value_optimizer`). Skips what is not finite; ten in a row
+        end the run.
+        """
+        metrics = {"loss": float(self.loss)}
+        for name, lr in rates.items():
+            (group,) = self.optimizers[name].param_groups
+            for parameter in group["params"]:
+                if parameter.grad is None:  # no row had a signal: Adam's momentum still acts
+                    parameter.grad = torch.zeros_like(parameter)
+            norm = torch.nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm).item()
+            group["lr"], metrics[name.replace("optimizer", "grad_norm")] = lr, norm
+        if all(map(math.isfinite, metrics.values())):
+            for name in rates:
+                self.optimizers[name].step()
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            print(f"update skipped: {metrics}", flush=True)
+            require(self.skipped_in_a_row < 10, "ten updates in a row were not finite: lower --lr, or look at the data")
+        self.discard()
+        return metrics
+
+    def log(self, step: int, steps: int, metrics: dict, samples: list[dict] = (), shown: str = ""):
+        """A row in metrics.jsonl, the samples in samples.jsonl, and a line on screen with the `shown` metrics."""
+        metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+        self.rows.append({"step": step, **metrics, "skipped_updates": self.skipped})
+        for name, rows in (("samples", [{"step": step, **sample} for sample in samples]), ("metrics", self.rows[-1:])):
+            with open(self.out / f"{name}.jsonl", "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        if step == self.first:  # the first evaluation says nothing of the time that a step takes
+            self.clock = time.perf_counter()
+        else:
+            left = (time.perf_counter() - self.clock) / (step - self.first) * (steps - step)
+            text = "  ".join(f"{x} {metrics[x]:.4g}" for x in shown.split() if metrics.get(x) is not None)
+            speed = f"{metrics['time/tokens_per_s']:,.0f} tokens/s"
+            print(f"step {step}/{steps}  {text}  {speed}  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+        text = "  ".join(
+            f"{name[5:]} {x:.4g}" for name, x in metrics.items() if name.startswith("eval/") and x is not None
+        )
+        if text:
+            print(f"evaluation at step {step}:  {text}", flush=True)
+        if self.wandb:
+            data = [[str(value) for value in sample.values()] for sample in samples]
+            table = {"samples": self.wandb.Table(list(samples[0]), data)} if samples else {}
+            self.wandb.log(self.rows[-1] | table, step=step)
+
+    def save(self, step: int, model, tokenizer, **others):
+        """checkpoints/step-N, the last two kept: a model folder with the optimizers' state. Exits if a signal came.
+
+        others: further models, each in a folder of its name, and tensors, which go into state.pt.
+        """
+        folder = self.out / "checkpoints" / f"step-{step}"
+        beside = folder.with_suffix(".tmp")
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        state = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        for name, x in others.items():
+            if isinstance(x, torch.nn.Module):
+                x.save_pretrained(beside / name)
+            else:
+                state[name] = x
+        state |= {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        torch.save(state, beside / "state.pt")
+        beside.rename(folder)
+        self.prune()
+        if self.signal:
+            print(f"stopped at step {step}: go on with --resume", flush=True)
+            if self.wandb:
+                self.wandb.finish()
+            raise SystemExit(128 + self.signal)
+
+    def prune(self):
+        """Keeps the last two checkpoints."""
+        folders = (self.out / "checkpoints").glob("step-*[0-9]")
+        for old in sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))[:-2]:
+            shutil.rmtree(old.rename(old.with_suffix(".tmp")))
+
+    def finish(self, steps: int, model, tokenizer) -> dict[str, float]:
+        """Writes the final model to `out`, config.json last, and returns the final metrics."""
+        beside = self.out / "checkpoints" / "final.tmp"
+        model.to(getattr(torch, self.args.save_dtype)).save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
+            path.replace(self.out / path.name)
+        beside.rmdir()
+        write_beside(self.out / "args.json", json.dumps(self.record | {"finished": steps}, indent=2))
+        self.prune()
+        if self.wandb:
+            self.wandb.finish()
+        print(f"wrote {self.out}")
+        return self.summary()
+
+    def summary(self) -> dict[str, float]:
+        """The last row of metrics.jsonl, and the first evaluation as before/..."""
+        rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        before = {name: value for name, value in rows[0].items() if name.startswith("eval/")}
+        return {name.replace("eval/", "before/"): value for name, value in before.items()} | rows[-1]
+
+
+def write_beside(path: Path, text: str):
+    """Writes a file so that a kill leaves the old one or the new one, never a part."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,1476 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "tyro==1.0.17", "wandb==0.31.0"]
+# ///
+"""PPO: proximal policy optimisation of a language model (Schulman et al. 2017, arXiv:1707.06347, eq. 7; for language
+models Ouyang et al. 2022, arXiv:2203.02155, eq. 2).
+
+Maximise E[score] - kl_coef * KL(policy || reference). The baseline is a value model. The loss that is minimised:
+
+    loss     = policy_loss + vf_coef * value_loss - entropy_coef * entropy + sft_coef * sft_loss
+    policy_loss = 1/num_tokens * sum_n sum_t max(-A * ratio, -A * clip(ratio, 1 - clip_eps, 1 + clip_eps))
+    value_loss  = 1/num_tokens * sum_n sum_t 1/2 * max((V - R)^2, (V_clip - R)^2)    V_clip: V_old +- value_clip_eps
+    ratio    = exp(logprobs - old_logprobs)
+    rewards[n, t] = -kl_coef * (old_logprobs - ref_logprobs) + score at the last action
+    A_t      = delta_t + gamma * lam * A_{t+1},   delta_t = rewards_t + gamma * V_{t+1} - V_t,   V after the last = 0
+    R        = A + V; then A is whitened over the action tokens of the step: mean 0, biased variance 1
+
+Each step:  (1) rollout: `prompts_per_step` prompts, `group_size` samples each, by temperature only    (2) scores
+            (3) log-probabilities of policy and reference, values        (4) rewards and advantages, token by token
+            (5) `num_epochs` times `num_minibatches` minibatches: loss and gradient        (6) update
+
+Signal: one score per completion, at its last action (EOS); the value model spreads it over the tokens.
+KL: k1 per token in the reward, from the policy that sampled, not differentiated: through the advantages it has the true
+    gradient of KL(policy || reference), which k1 inside the loss has not. The reference is the policy as it was loaded.
+Mask and normaliser: EOS is an action; all action tokens of a minibatch weigh alike. V(ids[:t]) never sees token t.
+Truncation: a completion cut at `max_new_tokens` has `missing_eos_penalty` taken off its score, and V after it is 0.
+Four models: policy, reference, reward model, value model (its own network and optimizer; it starts from the reward
+    model, or from the policy with a head of zeros). Unlike Ouyang et al.: minibatches, no moving average of the value.
+
+Run:  python sft.py && python rm.py && python ppo.py        a laptop CPU, under nine minutes; --reward exact: no rm.py
+Metrics (metrics.jsonl), and what healthy looks like:
+  reward, reward_std, reward/NAME    the score after `missing_eos_penalty`, and by name; std -> 0 is collapse
+  accuracy                where rows have an `answer`: if reward rises and this does not, the reward is being gamed
+  kl_ref_k1, kl_ref_k3    KL to the reference per token; kl_ref_seq: per completion; a warning above 15
+  loss, policy_loss, value_loss, sft_loss    means over the updates of the step; the second is near 0 by construction
+  clip_frac, approx_kl_old    over all updates of the step; clip_frac above 0.3 is a warning
+  entropy                 of the distribution at `temperature`; a warning below a tenth of the first step's
+  explained_variance, value_mean, return_mean    of the returns by the values before the update: 1 is perfect, < 0 bad
+  grad_norm, value_grad_norm, lr, value_lr, num_updates    norms before clipping, means over the updates
+  completion_length, truncated_frac  tokens, EOS included; share cut at `max_new_tokens`
+  sampling_gap_max, sampling_gap_mean    |sampling - training log-probability|: below 1e-3 in float32
+  eval/accuracy_sampled, eval/accuracy_greedy, eval/answered_*, eval/reward_*    held-out prompts; before/... at step 0
+  skipped_updates         updates left out so far because they were not finite
+Dimensions: B prompts, G samples per prompt, N = B*G sequences, L tokens (prompt + completion), V vocabulary, D hidden.
+Index t of every (N, L) tensor speaks of the decision to emit token t (read from the hidden state at t-1)."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import time
+import urllib.error
+import urllib.request
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import torch
+import transformers
+import tyro
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+datasets.disable_progress_bars()
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+@dataclasses.dataclass
+class Args:
+    # model and data
+    model: str = "runs/sft"
+    """Model to start from: a local folder or a Hub id; `tiny`, in sft.py, is a small one with random weights."""
+    dataset: str = "arithmetic"
+    """`arithmetic` (built in), a local .jsonl/.json/.csv/.parquet file, or a Hub dataset as name[:config[:split]]."""
+    eval_dataset: str | None = None
+    """Evaluation rows, named like `dataset`; default: the Hub's test or validation split, else the last rows."""
+    system_prompt: str | None = None
+    """Text put in front of every prompt, as the system turn where there is a chat template."""
+    reward: tuple[str, ...] = ("runs/rm",)
+    """One or more of: exact, format, a reward-model folder or Hub id, file.py:function."""
+    reward_weights: tuple[float, ...] = ()
+    """One weight for each reward; default: all 1."""
+    value_model: str | None = None
+    """Model that the value model starts from; default: the first reward model in `reward`, else `model`."""
+    max_prompt_length: int = 512
+    """Prompts of more tokens than this are dropped and counted."""
+    max_new_tokens: int = 64
+    """Longest completion, in tokens."""
+    out: str = "runs/ppo"
+    """Folder for the final model, logs and checkpoints."""
+
+    # algorithm
+    steps: int | None = None
+    """Optimizer steps (rollouts, in an online script); default: the built-in run, or all epochs."""
+    prompts_per_step: int = 128
+    """Prompts per rollout."""  # paper: 512
+    group_size: int = 1
+    """Completions sampled per prompt."""  # paper: 1
+    temperature: float = 1.0
+    """Divides the logits when sampling and in every log-probability."""  # paper: 1.0
+    num_epochs: int = 4
+    """Updates on each rollout."""  # paper: 1
+    num_minibatches: int = 4
+    """Parts into which each epoch splits the rollout, an update for each."""  # paper: 8
+    clip_eps: float = 0.2
+    """Half-width of the band in which the probability ratio is not clipped."""  # paper: 0.2
+    value_clip_eps: float = 0.2
+    """Half-width of the band around the old value in which the value is not clipped; 0 turns this off."""  # paper: 0.2
+    gamma: float = 1.0
+    """Discount per token."""  # paper: 1.0
+    lam: float = 0.95
+    """GAE's lambda: 1 is Monte Carlo, 0 the one-step TD residual."""  # paper: 0.95
+    vf_coef: float = 1.0
+    """Weight of the value loss."""
+    kl_coef: float = 0.05
+    """Weight of the KL to the reference; at 0 none is loaded, unless `kl_stop` asks for it."""  # paper: 0.02
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    missing_eos_penalty: float = 1.0
+    """Taken off the reward of a completion that was cut before it ended."""
+    sft_coef: float = 0.0
+    """Weight of the SFT loss that is mixed in."""
+    sft_dataset: str | None = None
+    """Rows for the SFT loss, named like `dataset`; `prompts_per_step` of them are drawn each step."""
+    target_kl: float | None = None
+    """End the epochs of a step once approx_kl_old (nats per token) passes this."""
+    kl_stop: float | None = None
+    """End the run once kl_ref_seq (nats per completion) passes this."""
+
+    # optimisation
+    lr: float | None = None
+    """Peak learning rate; default: one that suits the size of the model, printed and logged."""  # paper: 1e-5
+    value_lr: float | None = None
+    """The value model's peak learning rate; default: as for `lr`."""  # paper: 9e-6
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay of the learning rate after the warm-up, to 0 just after the last step."""
+    warmup_steps: int = 15
+    """Steps over which the learning rate rises from 0."""
+    adam_beta2: float = 0.99
+    """Adam's decay rate of the squared gradient."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm."""
+    micro_batch_tokens: int = 2048
+    """Most tokens, padding included, in one forward and backward pass; a large GPU is faster with more."""
+    rollout_batch_size: int = 1024
+    """Most sequences decoded at once: bounds the KV cache."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    # run
+    seed: int = 0
+    """Seed of every random draw."""
+    eval_every: int = 100
+    """Steps between evaluations."""
+    eval_size: int = 1000
+    """Evaluation rows."""
+    sample_every: int = 10
+    """Steps between samples written to samples.jsonl."""
+    save_every: int = 50
+    """Steps between checkpoints."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the final model's weights."""
+    resume: bool = False
+    """Go on from the last checkpoint in `out`."""
+    overwrite: bool = False
+    """Remove the run that `out` holds and start anew."""
+    track: bool = False
+    """Log to Weights & Biases too (WANDB_MODE=offline works)."""
+    wandb_project: str = "onefile-rlhf"
+    """Weights & Biases project."""
+
+    def __post_init__(self):
+        check_numbers(self)
+        for name in ("gamma", "lam"):
+            require(getattr(self, name) <= 1, f"--{name} {getattr(self, name)}: must be from 0 to 1")
+        num_sequences = self.prompts_per_step * self.group_size
+        parts = f"--num-minibatches {self.num_minibatches} must divide --prompts-per-step times --group-size"
+        require(num_sequences % self.num_minibatches == 0, f"{parts}, {num_sequences}")
+        whole_groups = self.rollout_batch_size % self.group_size == 0
+        require(whole_groups, f"--rollout-batch-size must be a multiple of --group-size {self.group_size}")
+        require(0 < len(self.reward) == len(set(self.reward)), "--reward: name one or more, each of them once")
+        weights = len(self.reward_weights) in (0, len(self.reward)) and all(map(math.isfinite, self.reward_weights))
+        require(weights, "--reward-weights: give one number for each --reward")
+        require(bool(self.sft_coef) == bool(self.sft_dataset), "--sft-coef and --sft-dataset need each other")
+        several = self.num_epochs * self.num_minibatches > 1
+        require(self.target_kl is None or several, "--target-kl acts between updates: raise --num-epochs")
+
+
+# ----------------------------------------------------------------------------------------------------------- algorithm
+
+
+def kl_shaped_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """-kl_coef * (logprobs - ref_logprobs) at every action, plus the score at the last one: (N, L), 0 where mask is 0.
+
+    scores: (N,); logprobs (of the policy that sampled), ref_logprobs, mask: (N, L). A row sums to its score less
+    kl_coef times its summed log-ratio. Ouyang et al. 2022, eq. 2. Raises ValueError on a wrong shape or an empty row.
+    """
+    if not logprobs.shape == ref_logprobs.shape == mask.shape or scores.shape != mask.shape[:1]:
+        raise ValueError(f"shapes {scores.shape}, {logprobs.shape}, {ref_logprobs.shape} and mask {mask.shape}")
+    if not mask.any(1).all():
+        raise ValueError("a completion mask sums to 0: every row needs at least one action")
+    position = torch.arange(mask.shape[1], device=mask.device)  # (L,)
+    last = (position * mask).argmax(1, keepdim=True)  # (N, 1)
+    return -kl_coef * (logprobs - ref_logprobs) * mask + scores[:, None] * (position == last)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates and returns = advantages + values, (N, L) each, 0 where mask is 0.
+
+    rewards, values, mask: (N, L); values[n, t] is that of the state before token t, and that after the last action is
+    0. Positions with mask 0 are stepped over: value and advantage carry across a hole. Schulman et al. 2016
+    (arXiv:1506.02438), eq. 16. Raises ValueError on a wrong shape.
+    """
+    if not rewards.shape == values.shape == mask.shape:
+        raise ValueError(f"shapes {rewards.shape}, {values.shape} and mask {mask.shape}")
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # (N,)
+    columns = []
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage, action = delta + gamma * lam * next_advantage, mask[:, t] > 0
+        next_value = torch.where(action, values[:, t], next_value)
+        next_advantage = torch.where(action, advantage, next_advantage)
+        columns.append(advantage * mask[:, t])
+    advantages = torch.stack(columns[::-1], 1)
+    return advantages, advantages + values * mask
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """(x - mean) / std over all actions, 0 where mask is 0: masked mean 0, masked biased variance 1. x, mask: (N, L).
+
+    Where all are equal the result is exactly 0: rounding in the mean would be scaled up instead.
+    """
+    actions = x[mask > 0]
+    if actions.max() == actions.min():
+        return torch.zeros_like(x)
+    return (x - actions.mean()) / actions.std(correction=0) * mask
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_eps: float, num_tokens: int
+) -> Tensor:
+    """sum_n sum_t max(-A * ratio, -A * clip(ratio, 1 - clip_eps, 1 + clip_eps)) / num_tokens, a scalar. Eq. 7.
+
+    logprobs, old_logprobs, advantages, mask: (N, L). num_tokens counts the actions of the whole optimizer step, so the
+    losses of micro-batches add up to that of the step. Raises ValueError on a wrong shape.
+    """
+    if not logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape:
+        raise ValueError(f"shapes {logprobs.shape}, {old_logprobs.shape}, {advantages.shape} and mask {mask.shape}")
+    ratio = (logprobs - old_logprobs).exp()  # (N, L)
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    return (torch.maximum(-advantages * ratio, -advantages * clipped) * mask).sum() / num_tokens
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_eps: float, num_tokens: int
+) -> Tensor:
+    """1/2 sum_n sum_t max((V - R)^2, (V_clip - R)^2) / num_tokens, V_clip within clip_eps of the old value; a scalar.
+
+    values, old_values, returns, mask: (N, L), in units of the reward; clip_eps 0 turns the clipping off. The paper has
+    the squared error alone (eq. 9); the clipping is that of its published code. Raises ValueError on a wrong shape.
+    """
+    if not values.shape == old_values.shape == returns.shape == mask.shape:
+        raise ValueError(f"shapes {values.shape}, {old_values.shape}, {returns.shape} and mask {mask.shape}")
+    error = (values - returns) ** 2  # (N, L)
+    if clip_eps:
+        clipped = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
+        error = torch.maximum(error, (clipped - returns) ** 2)
+    return 0.5 * (error * mask).sum() / num_tokens
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over all actions; NaN where the returns do not vary. All (N, L)."""
+    values, returns = values[mask > 0], returns[mask > 0]
+    return float(1 - (returns - values).var(correction=0) / returns.var(correction=0))
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k3 = exp(d) - d - 1 with d = ref_logprobs - logprobs, any shape, never negative (Schulman 2020; eq. 4).
+
+    Over samples of the policy its mean is KL(policy || reference) in nats; its gradient is that of KL(reference ||
+    policy).
+    """
+    log_ratio = ref_logprobs - logprobs
+    return log_ratio.exp() - log_ratio - 1
+
+
+def sft_loss(logprobs: Tensor, mask: Tensor, num_tokens: int) -> Tensor:
+    """-sum_n sum_t logprobs / num_tokens over mask = 1, a scalar in nats per token; logprobs, mask: (N, L).
+
+    num_tokens counts the whole optimizer step, so the losses of micro-batches add up to that of the step.
+    """
+    return -(logprobs * mask).sum() / num_tokens
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """sum(x * mask) / sum(mask), a scalar."""
+    return (x * mask).sum() / mask.sum()
+
+
+# ----------------------------------------------------------------------------------------------------- data and reward
+
+ARITHMETIC_ROWS = {"train": 20_000, "test": 2_000}
+
+
+def solve(numbers: list[int], slip: float, habit: float, rng: random.Random) -> str:
+    """The running sum of `numbers`, line by line, closed by `#### total`, with the demonstrator's two faults.
+
+    slip: probability of a wrong step that carries on. habit: probability that adding 7 comes out one too high.
+    """
+    total, lines = numbers[0], []
+    for number in numbers[1:]:
+        result = total + number
+        if number == 7 and rng.random() < habit:
+            result += 1
+        elif rng.random() < slip:
+            result += rng.choice((-1, 1, 2)) if result else 1
+        lines.append(f"{total}+{number}={result}\n")
+        total = result
+    return "".join(lines) + f"#### {total}"
+
+
+def arithmetic_rows(split: str, num_rows: int) -> list[dict]:
+    """The built-in task: distinct chains of 2 to 5 one-digit numbers; a tenth of all prompts is the `test` split.
+
+    completion: a demonstration with both faults. chosen: a flawless one. rejected: one whose faults made it wrong.
+    """
+    rng, pair_rng, rows, seen = random.Random(f"arithmetic {split}"), random.Random(f"pairs {split}"), [], set()
+    while len(rows) < num_rows:
+        numbers = [rng.randrange(10) for _ in range(rng.randint(2, 5))]
+        prompt = "+".join(map(str, numbers)) + "="
+        is_test = zlib.crc32(prompt.encode()) % 10 == 0
+        if is_test == (split == "test") and prompt not in seen:
+            seen.add(prompt)
+            completion = solve(numbers, slip=0.1, habit=0.6, rng=rng)
+            chosen = rejected = solve(numbers, slip=0.0, habit=0.0, rng=pair_rng)
+            while rejected.rpartition(" ")[2] == str(sum(numbers)):
+                rejected = solve(numbers, slip=0.1, habit=0.6, rng=pair_rng)
+            row = {"prompt": prompt, "completion": completion, "answer": str(sum(numbers))}
+            rows.append({**row, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def extract_answer(text: str) -> str | None:
+    """The last `#### answer` line or `\\boxed{answer}`, whichever comes later, normalised; None if there is none."""
+    line, box = text.rfind("####"), text.rfind("\\boxed{")
+    if line > box:
+        return normalise(text[line:].lstrip("#").split("\n")[0])
+    if box < 0:
+        return None
+    start = end = box + len("\\boxed{")
+    depth = 1
+    while end < len(text) and depth:
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        end += 1
+    return normalise(text[start : end - 1]) if depth == 0 else None
+
+
+def normalise(answer: str) -> str | None:
+    """Drops spaces around it, `$`, commas, a trailing full stop and a trailing .0; None if nothing remains."""
+    answer = re.sub(r"\\?\$|,", "", answer).strip().removesuffix(".").strip()
+    return re.sub(r"(?<=\d)\.0+$", "", answer) or None
+
+
+def exact_match(completion: str, answer: str) -> float:
+    """1.0 if the completion's extracted answer equals `answer` (bare, or a full solution that closes with it)."""
+    answer = str(answer)
+    expected = extract_answer(answer) or normalise(answer)
+    return float(expected is not None and extract_answer(completion) == expected)
+
+
+def exact_reward(prompts: list, completions: list[str], rows: list[dict]) -> list[float]:
+    """`--reward exact`: 1.0 where the answer is right."""
+    return [exact_match(completion, row["answer"]) for completion, row in zip(completions, rows)]
+
+
+def format_reward(prompts: list, completions: list[str], rows: list[dict]) -> list[float]:
+    """`--reward format`: 1.0 where the last line is an answer line, `#### something`."""
+    return [float(re.search(r"(^|\n)####[ \t]*[^\s#][^\n]*\s*$", completion) is not None) for completion in completions]
+
+
+class RewardModel:
+    """A classifier with one label, called like any reward function; higher is better, any scale.
+
+    The text is tokenised anew with the classifier's own tokenizer and chat template, and `transformers` itself picks
+    the token that is read: the last one that is not padding. So a completion that was cut looks finished to it;
+    `missing_eos_penalty` is there for that.
+    """
+
+    def __init__(self, name: str, system_prompt: str | None, device: torch.device, max_tokens: int):
+        self.name, self.system_prompt, self.device, self.max_tokens = name, system_prompt, device, max_tokens
+        self.tokenizer = from_hub(transformers.AutoTokenizer, name, "--reward")
+        config = from_hub(transformers.AutoConfig, name, "--reward")
+        require(config.num_labels == 1, f"--reward {name} has {config.num_labels} labels; a reward model has one")
+        if config.pad_token_id is None:
+            config.pad_token_id = self.tokenizer.pad_token_id
+        require(config.pad_token_id is not None, f"--reward {name}: set pad_token_id in its config.json, it has none")
+        self.window = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+        loader, options = transformers.AutoModelForSequenceClassification, {"config": config, "dtype": torch.float32}
+        self.model = from_hub(loader, name, "--reward", output_loading_info=True, **options).to(device).eval()
+
+    @torch.no_grad()
+    def __call__(self, prompts: list, completions: list[str], rows: list[dict]) -> list[float]:
+        sequences, scores = [], torch.zeros(len(prompts))
+        for prompt, completion in zip(prompts, completions):
+            ids = encode_scored(self.tokenizer, prompt, completion, self.system_prompt)
+            require(len(ids) <= self.window, f"--reward {self.name} holds {self.window} tokens; a text has {len(ids)}")
+            sequences.append((ids, [1] * len(ids)))
+        pad_id = self.model.config.pad_token_id
+        for indices, ids, mask in micro_batches(sequences, self.max_tokens, self.device, pad_id):
+            with autocast(self.device):
+                logits = self.model(input_ids=ids, attention_mask=mask.long()).logits  # (n, 1)
+            scores[indices] = logits[:, 0].float().cpu()
+        return scores.tolist()
+
+
+def load_reward(spec: str, args: "Args", device: torch.device) -> Callable[[list, list[str], list[dict]], list[float]]:
+    """The reward function that one word of `--reward` names."""
+    path, _, name = spec.rpartition(":")
+    if spec in ("exact", "format"):
+        return {"exact": exact_reward, "format": format_reward}[spec]
+    if not path.endswith(".py"):
+        known = Path(spec).is_dir() or ("/" in spec and not spec.endswith(".py"))
+        require(known, f"--reward {spec} is neither exact, format, a model's folder or Hub id, nor file.py:function")
+        return RewardModel(spec, args.system_prompt, device, args.micro_batch_tokens)
+    require(Path(path).is_file(), f"--reward {spec}: there is no file {path}")
+    try:
+        function = runpy.run_path(path).get(name)
+    except Exception as error:  # the user's own code may raise anything
+        raise SystemExit(f"--reward {spec}: {path} cannot be run: {error!r}") from error
+    require(callable(function), f"--reward {spec}: {path} has no function {name}(prompts, completions, rows)")
+    return function
+
+
+def compute_rewards(
+    functions: dict[str, Callable], weights: list[float], prompts: list, completions: list[str], rows: list[dict]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of all rewards (N,), and each of them by name. Whatever a function gets wrong ends the run."""
+    by_name = {}
+    for name, function in functions.items():
+        try:
+            values = list(function(prompts, completions, rows))
+        except Exception as error:  # the user's own code may raise anything
+            for i in range(len(rows) if len(rows) > 1 else 0):  # row by row, to end at the one that it fails on
+                compute_rewards({name: function}, [1.0], prompts[i : i + 1], completions[i : i + 1], rows[i : i + 1])
+            where = (
+                f"completion {completions[0]!r} of row {rows[0]}" if len(rows) == 1 else "a batch, not on any row alone"
+            )
+            raise SystemExit(f"--reward {name} raised {error!r} on {where}") from error
+        require(len(values) == len(rows), f"--reward {name} returned {len(values)} values for {len(rows)} completions")
+        for value, completion, row in zip(values, completions, rows):
+            finite = hasattr(value, "__float__") and math.isfinite(value)
+            require(finite, f"--reward {name} returned {value!r}, not a number, on {completion!r} of row {row}")
+        by_name[name] = torch.tensor([float(value) for value in values])
+    return sum(weight * values for weight, values in zip(weights, by_name.values())), by_name
+
+
+def as_messages(prompt: str | list[dict], system_prompt: str | None) -> list[dict]:
+    """A prompt (text or messages) as messages, behind the system prompt if there is one."""
+    if not prompt or not isinstance(prompt, (str, list)):
+        raise ValueError(f"expected text or messages, found {prompt!r}")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [*([{"role": "system", "content": system_prompt}] if system_prompt else []), *messages]
+
+
+def prompt_of(row: dict) -> str | list[dict]:
+    """The prompt of a row, text or messages: its column `prompt`, else `question`."""
+    return row["prompt"] if "prompt" in row else row["question"]
+
+
+def render(tokenizer, messages: list[dict], generation_prompt: bool = False) -> str:
+    """The text of a conversation under the tokenizer's chat template."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+
+
+def encode_prompt(tokenizer, row: dict, system_prompt: str | None) -> list[int]:
+    """The one function that turns a prompt into ids: by the chat template where there is one, else as plain text.
+
+    Plain text gets one BOS if the tokenizer uses BOS; a template brings its own.
+    """
+    messages, bos = as_messages(prompt_of(row), system_prompt), tokenizer.bos_token_id
+    if tokenizer.chat_template:
+        return tokenizer.encode(render(tokenizer, messages, generation_prompt=True), add_special_tokens=False)
+    ids = tokenizer.encode("\n\n".join(message["content"] for message in messages), add_special_tokens=False)
+    uses_bos = bos is not None and tokenizer.encode("a")[:1] == [bos]
+    return [bos, *ids] if uses_bos and ids[:1] != [bos] else ids
+
+
+def encode_scored(tokenizer, prompt: str | list[dict], completion: str, system_prompt: str | None) -> list[int]:
+    """What a reward model reads: the conversation by the chat template, else prompt, completion and EOS as text."""
+    messages = as_messages(prompt, system_prompt)
+    if tokenizer.chat_template:
+        messages = [*messages, {"role": "assistant", "content": completion}]
+        return tokenizer.encode(render(tokenizer, messages), add_special_tokens=False)
+    text = "\n\n".join(message["content"] for message in messages) + completion
+    ids, eos = tokenizer.encode(text), tokenizer.eos_token_id  # with its own special tokens
+    return ids if eos is None or ids[-1] == eos else [*ids, eos]
+
+
+def extend(tokenizer, ids: list[int], done: str, text: str) -> list[int]:
+    """Ids of what `text` adds to its beginning `done` with the ids `ids`: in context if that keeps them, else alone."""
+    whole = tokenizer.encode(text, add_special_tokens=False)
+    if whole[: len(ids)] == ids:
+        return whole[len(ids) :]
+    return tokenizer.encode(text[len(done) :], add_special_tokens=False)
+
+
+def encode_row(tokenizer, row: dict, system_prompt: str | None, eos_ids: list[int]) -> tuple[list[int], list[int]]:
+    """A row of SFT data as ids and mask: 1 on what is trained, up to and including its end of turn, else 0.
+
+    Of `messages` every assistant turn is trained, of `prompt` and `completion` the completion alone. Turns
+    extend what precedes them, so that a prompt has the very ids that sampling will start from.
+    Raises ValueError if the chat template changes earlier text once a turn follows.
+    """
+    if "messages" in row:
+        messages = as_messages(row["messages"], system_prompt)
+    else:
+        completion = as_messages(row["completion" if "completion" in row else "answer"], None)[0]["content"]
+        messages = [*as_messages(prompt_of(row), system_prompt), {"role": "assistant", "content": completion}]
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = turns if "messages" in row else turns[-1:]
+    if not turns or (not tokenizer.chat_template and turns != [len(messages) - 1]):
+        raise ValueError("it needs an assistant turn: just one, as the last, if the tokenizer has no chat template")
+    ids, mask, done = [], [], ""
+    for i in turns:
+        if tokenizer.chat_template:
+            prompt, turn = render(tokenizer, messages[:i], generation_prompt=True), render(tokenizer, messages[: i + 1])
+            if not (prompt.startswith(done) and turn.startswith(prompt)):
+                raise ValueError(f"the chat template changes what precedes turn {i} once it follows: one row per turn")
+            prompt_ids = extend(tokenizer, ids, done, prompt)
+            completion_ids, done = extend(tokenizer, ids + prompt_ids, prompt, turn), turn
+        else:
+            prompt_ids = encode_prompt(tokenizer, {"prompt": messages[:i]}, None)
+            completion_ids = tokenizer.encode(messages[i]["content"], add_special_tokens=False)
+        ends = [k + 1 for k, token in enumerate(completion_ids) if token in eos_ids]
+        if not ends:
+            completion_ids, ends = [*completion_ids, tokenizer.eos_token_id], [len(completion_ids) + 1]
+        ids += prompt_ids + completion_ids  # what the template puts after the end of turn, a newline say, has mask 0
+        mask += [0] * len(prompt_ids) + [1] * ends[0] + [0] * (len(completion_ids) - ends[0])
+    length = len(mask) - mask[::-1].index(1)
+    return ids[:length], mask[:length]
+
+
+def load_sft_data(args: "Args", tokenizer, eos_ids: list[int]) -> list[tuple[list[int], list[int]]]:
+    """(ids, mask) of the rows for the SFT loss; none if `sft_coef` is 0."""
+    if not args.sft_coef:
+        return []
+    wanted = ["messages", "prompt+completion", "question+answer"]
+    rows = read_dataset(args.sft_dataset, "train", "--sft-dataset", wanted)
+    encode = functools.partial(encode_row, tokenizer, system_prompt=args.system_prompt, eos_ids=eos_ids)
+    limit, flag = args.max_prompt_length + args.max_new_tokens, "--max-prompt-length + --max-new-tokens"
+    return encode_rows(encode, rows, limit, flag)[1]
+
+
+# ------------------------------------------------------------------------------------------ model and log-probabilities
+
+
+def token_logprobs(model, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log pi(ids[n, t] | ids[n, :t]) and the entropy (nats) of that distribution where mask is 1, else 0.
+
+    ids, mask: (N, L), right-padded; results: (N, L) float32, differentiable. The logits are divided by `temperature`.
+    No attention mask: under a causal model, right padding is never seen. Only positions with mask 1 go through the
+    output head, a chunk at a time and recomputed in the backward pass, so at most one (chunk, V) block of logits lives.
+    Raises ValueError if an action stands at index 0, where nothing precedes it.
+    """
+    if ids.shape != mask.shape or mask[:, 0].any():
+        raise ValueError(f"ids {ids.shape} and mask {mask.shape} must agree, and no action may be the first token")
+    hidden = model.get_decoder()(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # (N, L - 1, D)
+    n, t = mask.nonzero(as_tuple=True)  # (num_actions,) each
+    hidden, targets = hidden[n, t - 1], ids[n, t]  # the state before token t decides it
+    head = model.get_output_embeddings()
+    chunk = max(1, 2**24 // head.weight.shape[0])  # 64 MiB of float32 logits
+    results = [
+        checkpoint(head_logprobs, head, h, y, temperature, use_reentrant=False)
+        for h, y in zip(hidden.split(chunk), targets.split(chunk))
+    ]
+    logprobs, entropy = torch.cat(results, 1)  # (num_actions,) each
+    zeros = torch.zeros(ids.shape, device=ids.device)
+    return zeros.index_put((n, t), logprobs), zeros.index_put((n, t), entropy)
+
+
+def head_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Log-probability of `targets` (M,) and entropy from `hidden` (M, D), in float32: (2, M).
+
+    In one tensor, because a backward pass that reached only one of them would keep what it recomputed for the other.
+    """
+    logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (M, V)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return torch.stack([logprobs.gather(1, targets[:, None])[:, 0], entropy])
+
+
+def token_values(model, ids: Tensor, mask: Tensor) -> Tensor:
+    """V(ids[n, :t]), the value of the state before token t, where mask is 1, else 0: (N, L) in float32.
+
+    ids, mask: (N, L), right-padded. Read from the hidden state at t-1: a value that saw token t would bias the policy
+    gradient.
+    """
+    hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # (N, L - 1, D)
+    with torch.autocast(ids.device.type, enabled=False):
+        values = model.score(hidden.float())[..., 0]  # (N, L - 1)
+    return torch.nn.functional.pad(values, (1, 0)) * mask
+
+
+def value_source(args: Args, tokenizer) -> tuple[str, str]:
+    """What the value model starts from, and its flag. Ends the run if it reads other ids than the policy."""
+    learned = [x for x in args.reward if x not in ("exact", "format") and not x.rpartition(":")[0].endswith(".py")]
+    name, flag = (args.value_model, "--value-model") if args.value_model else (args.model, "--model")
+    if learned and not args.value_model:
+        name, flag = learned[0], "--reward"
+    vocabulary = from_hub(transformers.AutoTokenizer, name, flag).get_vocab()
+    same = tokenizer.get_vocab().items() <= vocabulary.items()  # a reward model may have a pad token more
+    hint = "--value-model cannot start from it" if args.value_model else "name another model with --value-model"
+    require(same, f"{flag} {name} has another tokenizer than --model {args.model}: {hint}")
+    return name, flag
+
+
+def load_scorer(name: str, device: torch.device, gradient_checkpointing: bool, flag: str, head_scale: float):
+    """A model with one scalar head `score` without bias, in float32, without dropout.
+
+    A reward model's folder is loaded as it is; a language model gets a new head, N(0, head_scale^2 / (D + 1)) in
+    variance (Stiennon et al. 2020 with 1). Ends the run if there are more labels, or another kind of head.
+    """
+    config = load_config(name, flag)
+    is_scorer = any(x.endswith("ForSequenceClassification") for x in config.architectures or ())
+    labels = config.num_labels if is_scorer else 1
+    require(labels == 1, f"{flag} {name} has {labels} labels; a reward model has one")
+    config.num_labels = 1
+    options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+    new = () if is_scorer else ("score.weight",)
+    model = from_hub(transformers.AutoModelForSequenceClassification, name, flag, new, **options)
+    head = getattr(model, "score", None)
+    plain = isinstance(head, torch.nn.Linear) and head.bias is None
+    require(plain, f"{flag} {name}: its classifier has no linear head `score` without bias: use a decoder")
+    if not is_scorer:
+        draws = torch.randn(head.weight.shape, generator=seeded(0, "head", 0))
+        head.weight.data = head_scale * draws / math.sqrt(head.in_features + 1)
+    return to_device(model, device, gradient_checkpointing)
+
+
+# ------------------------------------------------------------------------------------------------------------- rollout
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompts: list[list[int]],
+    num_samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    eos_ids: list[int],
+    uniforms: Tensor,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Samples `num_samples` completions of each prompt: ids and their log-probabilities, prompt-major, B*G of each.
+
+    uniforms: (B*G, max_new_tokens) in [0, 1). Row i draws token t from uniforms[i, t] by inverse CDF of
+    softmax(logits / temperature), so what it samples depends neither on its neighbours nor on chunking.
+    Temperature 0 is greedy, with log-probabilities at temperature 1. A completion ends with the first of `eos_ids`,
+    which it keeps, or at `max_new_tokens`. Nothing of the model's generation config applies.
+
+        prefill, once per prompt     decode, one row per sample; finished rows leave the batch
+        [pad pad p0 p1] | .          left padding here alone: every row's next token has the same column
+        [p0  p1  p2 p3] | .
+    """
+    was_training, device, num_rows = model.training, model.device, len(prompts) * num_samples
+    model.eval()  # training mode may checkpoint gradients, and that drops the cache
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # (B, P)
+    seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    position = (seen.cumsum(1) - 1).clamp(min=0)
+    output = model(input_ids=ids, attention_mask=seen, position_ids=position, use_cache=True, logits_to_keep=1)
+    cache, unfinished = output.past_key_values, torch.arange(num_rows, device=device)
+    cache.batch_repeat_interleave(num_samples)
+    logits, seen, position = (x.repeat_interleave(num_samples, 0) for x in (output.logits, seen, position[:, -1:]))
+    tokens = torch.full((num_rows, max_new_tokens), -1, device=device)
+    logprobs = torch.zeros(num_rows, max_new_tokens, device=device)
+    precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    stops, uniforms = torch.tensor(eos_ids, dtype=torch.long, device=device), uniforms.to(device, precise)
+    for t in range(max_new_tokens):
+        step_logprobs = (logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # (rows left, V)
+        if temperature:  # the first token whose cumulative probability exceeds the draw
+            cdf = step_logprobs.exp().cumsum(-1, dtype=precise)
+            token = torch.searchsorted(cdf, uniforms[unfinished, t, None] * cdf[:, -1:], right=True)
+            token = token.clamp(max=cdf.shape[1] - 1)
+        else:
+            token = step_logprobs.argmax(-1, keepdim=True)  # (rows left, 1)
+        tokens[unfinished, t], logprobs[unfinished, t] = token[:, 0], step_logprobs.gather(1, token)[:, 0]
+        left = (~torch.isin(token[:, 0], stops)).nonzero()[:, 0]
+        if t + 1 == max_new_tokens or not len(left):
+            break
+        if len(left) < len(unfinished):
+            cache.batch_select_indices(left)
+            unfinished, token, seen, position = unfinished[left], token[left], seen[left], position[left]
+        seen, position = torch.cat([seen, seen.new_ones(len(seen), 1)], 1), position + 1
+        logits = model(
+            input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True
+        ).logits
+    model.train(was_training)
+    lengths, tokens, logprobs = (tokens >= 0).sum(1).tolist(), tokens.tolist(), logprobs.tolist()
+    return [x[:k] for x, k in zip(tokens, lengths)], [x[:k] for x, k in zip(logprobs, lengths)]
+
+
+def rollout(model, prompts, num_samples, temperature, eos_ids, uniforms, batch_size) -> tuple[list, list]:
+    """`generate`, at most `batch_size` sequences at a time, so that the KV cache stays bounded."""
+    completions, logprobs, chunk = [], [], max(1, batch_size // num_samples)  # chunk: prompts at a time
+    for start in range(0, len(prompts), chunk):
+        part, draws = prompts[start : start + chunk], uniforms[start * num_samples : (start + chunk) * num_samples]
+        with autocast(model.device):
+            results = generate(model, part, num_samples, uniforms.shape[1], temperature, eos_ids, draws)
+        completions, logprobs = completions + results[0], logprobs + results[1]
+    return completions, logprobs
+
+
+def evaluate(policy, tokenizer, rows, prompts, reward_of, args, eos_ids) -> dict[str, float]:
+    """Accuracy (where rows have an `answer`) and mean reward on held-out prompts, sampled at temperature 1 and greedy.
+
+    Sampling always takes the same draws. prompts: their ids. reward_of: `compute_rewards` for prompts, completions
+    and rows, or None. answered_*: the share of completions that hold a readable answer, right or wrong.
+    """
+    metrics, answers = {}, [row.get("answer") for row in rows]
+    uniforms = draw_uniforms(0, "evaluation", 0, len(prompts), args.max_new_tokens)
+    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        completions, _ = rollout(policy, prompts, 1, temperature, eos_ids, uniforms, args.rollout_batch_size)
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        if None not in answers:
+            metrics[f"eval/accuracy_{name}"] = sum(map(exact_match, texts, answers)) / len(rows)
+            metrics[f"eval/answered_{name}"] = sum(extract_answer(text) is not None for text in texts) / len(rows)
+        if reward_of is not None:
+            metrics[f"eval/reward_{name}"] = reward_of([prompt_of(row) for row in rows], texts, rows)[0].mean().item()
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def pad(rows: list[list[float]], device: torch.device) -> Tensor:
+    """Rows of unequal length as one tensor (N, L), right-padded with 0."""
+    length = max(map(len, rows))
+    return torch.tensor([[*row, *[0.0] * (length - len(row))] for row in rows], device=device)
+
+
+@torch.no_grad()
+def over_rollout(sequences: list[tuple], max_tokens: int, device: torch.device, function: Callable) -> list[Tensor]:
+    """Whatever `function` makes of (ids, mask), (n, L) each, for all rows and in their order: (N, L) each."""
+    results, length = [], max(len(ids) for ids, _ in sequences)
+    for indices, ids, mask in micro_batches(sequences, max_tokens, device):
+        with autocast(device):
+            parts = function(ids, mask)
+        parts = parts if isinstance(parts, tuple) else (parts,)
+        results = results or [torch.zeros(len(sequences), length, device=device) for _ in parts]
+        for result, part in zip(results, parts):
+            result[indices, : ids.shape[1]] = part
+    return results
+
+
+def minibatches(num_rows: int, args: Args, step: int) -> Iterator[list[int]]:
+    """Row numbers of the step's minibatches: `num_epochs` shuffles of all rows, cut into `num_minibatches` each."""
+    for epoch in range((step - 1) * args.num_epochs + 1, step * args.num_epochs + 1):
+        order, size = (
+            shuffled_indices(num_rows, args.seed, "minibatches", epoch, num_rows),
+            num_rows // args.num_minibatches,
+        )
+        yield from (order[start : start + size] for start in range(0, num_rows, size))
+
+
+def accuracy_of(completions: list[str], rows: list[dict]) -> dict[str, float]:
+    """The true accuracy of the rollout, where all rows have an `answer`."""
+    answers = [row.get("answer") for row in rows]
+    if None in answers:
+        return {}
+    return {"accuracy": sum(map(exact_match, completions, answers)) / len(rows)}
+
+
+def warn(rows: list[dict], metrics: dict[str, float]):
+    """Prints what leaves its healthy range in this step; once, until it is back. rows: metrics.jsonl so far."""
+    before = rows[-1] if rows else {}
+    first = next((row["entropy"] for row in rows if row.get("entropy")), metrics["entropy"])
+    limits = {
+        "kl_ref_seq": (15.0, "the policy is far from the reference: raise --kl-coef, lower --lr, or set --kl-stop"),
+        "clip_frac": (0.3, "the updates move too far: lower --lr or --num-epochs, or set --target-kl"),
+    }
+    for name, (limit, advice) in limits.items():
+        if metrics.get(name, 0.0) > limit >= (before.get(name) or 0.0):
+            print(f"warning: {name} {metrics[name]:.3g} is above {limit:g}: {advice}")
+    if metrics["entropy"] < 0.1 * first <= before.get("entropy", first):
+        print(
+            f"warning: entropy {metrics['entropy']:.3g} is below a tenth of the first step's: if samples are not yet",
+            end=" ",
+        )
+        print("good, the policy has collapsed: raise --entropy-coef or --kl-coef")
+    if metrics["reward_std"] == 0.0 != before.get("reward_std"):
+        print("warning: all rewards of this step are equal: collapse, or nothing left to learn")
+
+
+def main(args: Args) -> dict[str, float]:
+    """Trains, and returns the last row of metrics.jsonl beside the first evaluation (before/...)."""
+    run, device = Run(args), pick_device()
+    steps, B, G, M = args.steps or 60, args.prompts_per_step, args.group_size, args.num_minibatches
+    if run.finished(steps):
+        return run.summary()
+    wanted = ["prompt+answer", "question+answer"] if "exact" in args.reward else ["prompt", "question"]
+    train_rows, eval_rows = load_data(args, wanted)
+    limit, flag = args.max_prompt_length, "--max-prompt-length"
+    tokenizer, eos_ids = load_tokenizer(args.model, limit + args.max_new_tokens)
+    value_name, value_flag = value_source(args, tokenizer)
+    encode = functools.partial(encode_prompt, tokenizer, system_prompt=args.system_prompt)
+    train_rows, train_prompts = encode_rows(encode, train_rows, limit, flag)
+    eval_rows, eval_prompts = encode_rows(encode, eval_rows, limit, flag)
+    require(len(train_rows) >= B, f"--prompts-per-step {B}: there are only {len(train_rows)} prompts")
+    sft_data = load_sft_data(args, tokenizer, eos_ids)
+    functions = {name: load_reward(name, args, device) for name in args.reward}
+    reward_of = functools.partial(compute_rewards, functions, args.reward_weights or [1.0] * len(functions))
+    reward_of([prompt_of(train_rows[0])], [""], train_rows[:1])  # what cannot work fails here, not after hours
+
+    policy = load_model(run.checkpoint or args.model, device, args.gradient_checkpointing)
+    value_name = f"{run.checkpoint}/value_model" if run.checkpoint else value_name
+    value_model = load_scorer(value_name, device, args.gradient_checkpointing, value_flag, head_scale=0.0)
+    reference = load_model(args.model, device).requires_grad_(False) if args.kl_coef or args.kl_stop else None
+    is_tiny = policy.num_parameters() < 10_000_000
+    peak_lr, value_peak_lr = args.lr or (1e-4 if is_tiny else 1e-6), args.value_lr or (1e-3 if is_tiny else 1e-5)
+    adam = functools.partial(torch.optim.AdamW, betas=(0.9, args.adam_beta2), weight_decay=0.0)
+    optimizers = {"optimizer": adam(policy.parameters(), peak_lr)}
+    optimizers["value_optimizer"] = adam(value_model.parameters(), value_peak_lr)
+    print(
+        f"{policy.num_parameters():,} parameters on {device}, {len(train_rows):,} prompts, peak lr {peak_lr:g},",
+        end=" ",
+    )
+    print(f"of the value model {value_peak_lr:g}; it starts from {value_name}")
+    run.start(optimizers, peak_lr=peak_lr, value_peak_lr=value_peak_lr, steps=steps)
+    evaluation = (policy, tokenizer, eval_rows, eval_prompts, reward_of, args, eos_ids)
+    if run.step == 0:
+        run.log(0, steps, evaluate(*evaluation))
+    if run.step == 0 and run.rows[-1].get("eval/answered_sampled") == 0:
+        print("warning: no sample holds a readable answer, `#### 42`: ask for it with --system-prompt, or run sft.py")
+
+    for step in range(run.step + 1, steps + 1):
+        if args.kl_stop and (run.rows[-1].get("kl_ref_seq") or 0.0) > args.kl_stop:  # here, so that --resume ends too
+            print(f"stopped: kl_ref_seq {run.rows[-1]['kl_ref_seq']:.2f} has passed --kl-stop {args.kl_stop}")
+            break
+        # (1) rollout: the completions of a prompt are neighbours, n = b * G + g
+        clock = time.perf_counter()
+        chosen = shuffled_indices(len(train_rows), args.seed, "prompts", step, B)
+        prompts = [train_prompts[i] for i in chosen]  # (B,)
+        uniforms = draw_uniforms(args.seed, "rollout", step, B * G, args.max_new_tokens)
+        completions, sampling_logprobs = rollout(
+            policy, prompts, G, args.temperature, eos_ids, uniforms, args.rollout_batch_size
+        )  # (N,) lists each
+        rollout_seconds = time.perf_counter() - clock
+
+        # (2) scores
+        rows = [train_rows[i] for i in chosen for _ in range(G)]
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        scores, by_name = reward_of([prompt_of(row) for row in rows], texts, rows)  # (N,)
+        truncated = torch.tensor([float(completion[-1] not in eos_ids) for completion in completions])  # (N,)
+        scores = scores - args.missing_eos_penalty * truncated
+
+        # (3) log-probabilities of the policy that sampled and of the reference, values: (N, L) each
+        sequences = []  # ids and mask of each row
+        for n, completion in enumerate(completions):
+            prompt = prompts[n // G]
+            sequences.append((prompt + completion, [0] * len(prompt) + [1] * len(completion)))
+        everything = functools.partial(over_rollout, sequences, args.micro_batch_tokens, device)
+        mask = pad([mask for _, mask in sequences], device)
+        sampled = pad([[0] * len(prompts[n // G]) + x for n, x in enumerate(sampling_logprobs)], device)
+        old_logprobs, entropies = everything(functools.partial(token_logprobs, policy, temperature=args.temperature))
+        ref_logprobs = old_logprobs  # without a reference the KL is 0
+        if reference is not None:
+            ref_logprobs, _ = everything(functools.partial(token_logprobs, reference, temperature=args.temperature))
+        (old_values,) = everything(functools.partial(token_values, value_model))
+
+        # (4) rewards and advantages
+        rewards = kl_shaped_rewards(scores.to(device), old_logprobs, ref_logprobs, mask, args.kl_coef)  # (N, L)
+        raw_advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
+        advantages = whiten(raw_advantages, mask)
+        log_ratio, gap = old_logprobs - ref_logprobs, (old_logprobs - sampled).abs()
+        means = Means()
+        means.add(mask, entropy=entropies, sampling_gap_mean=gap, sampling_gap_max=gap, value_mean=old_values)
+        means.add(mask, return_mean=returns)
+        if reference is not None:
+            means.add(mask, kl_ref_k1=log_ratio, kl_ref_k3=kl_k3(old_logprobs, ref_logprobs))
+            means.add(kl_ref_seq=log_ratio.sum(1))
+        drawn = shuffled_indices(len(sft_data), args.seed, "sft", step, B) if args.sft_coef else []
+
+        # (5) loss: each minibatch is an optimizer step of its own
+        for k, minibatch in enumerate(minibatches(B * G, args, step)):
+            num_tokens, approx_kl, parts = int(mask[minibatch].sum()), Means(), 0
+            for indices, ids, x in micro_batches([sequences[n] for n in minibatch], args.micro_batch_tokens, device):
+                n, L = [minibatch[i] for i in indices], ids.shape[1]
+                old, advantage = old_logprobs[n, :L], advantages[n, :L]  # (n, L), like all below
+                with autocast(device):
+                    logprobs, entropy = token_logprobs(policy, ids, x, args.temperature)
+                    values = token_values(value_model, ids, x)
+                policy_part = policy_loss(logprobs, old, advantage, x, args.clip_eps, num_tokens)
+                value_part = value_loss(values, old_values[n, :L], returns[n, :L], x, args.value_clip_eps, num_tokens)
+                loss = policy_part + args.vf_coef * value_part
+                if args.entropy_coef:
+                    loss = loss - args.entropy_coef * (entropy * x).sum() / num_tokens
+                run.backward(loss)
+                parts = parts + torch.stack([policy_part, value_part]).detach()
+                outside, kl = ((logprobs - old).exp() - 1).abs() > args.clip_eps, kl_k3(old, logprobs)
+                approx_kl.add(x, mean=kl)
+                means.add(x, clip_frac=outside, approx_kl_old=kl)
+                if not run.checked:
+                    run.check_first_batch(tokenizer, ids, x, (logprobs - sampled[n, :L]).abs(), means)
+            if args.target_kl and approx_kl.result()["mean"] > args.target_kl:
+                run.discard()
+                break
+            part = [sft_data[i] for i in drawn[k % M :: M]]
+            sft_tokens = sum(sum(mask) for _, mask in part)
+            for _, ids, x in micro_batches(part, args.micro_batch_tokens, device):
+                with autocast(device):
+                    logprobs, _ = token_logprobs(policy, ids, x)
+                run.backward(args.sft_coef * sft_loss(logprobs, x, sft_tokens))
+                means.add(x, sft_loss=-logprobs)
+
+            # (6) update
+            lr, value_lr = (learning_rate(args, step, steps, peak) for peak in (peak_lr, value_peak_lr))
+            means.add(**run.update(optimizer=lr, value_optimizer=value_lr), policy_loss=parts[0], value_loss=parts[1])
+
+        seconds = time.perf_counter() - clock
+        metrics = {
+            "reward": scores.mean().item(), "reward_std": scores.std(correction=0).item(),
+            **{f"reward/{name}": values.mean().item() for name, values in by_name.items()}, **accuracy_of(texts, rows),
+            "explained_variance": explained_variance(old_values, returns, mask),
+            "completion_length": sum(map(len, completions)) / (B * G), "truncated_frac": truncated.mean().item(),
+            **means.result(), "num_updates": k + 1, "lr": lr, "value_lr": value_lr,
+            "time/rollout_s": rollout_seconds, "time/step_s": seconds,
+            "time/tokens_per_s": sum(len(ids) for ids, _ in sequences) / seconds,
+        }  # fmt: skip
+        warn(run.rows, metrics)
+        last = step == steps or bool(args.kl_stop and metrics["kl_ref_seq"] > args.kl_stop)
+        if last or step % args.eval_every == 0:
+            metrics |= evaluate(*evaluation)
+        samples = [
+            {"prompt": prompt_of(rows[n]), "completion": texts[n], "reward": scores[n].item()}
+            for n in range(min(8, B * G) if step % args.sample_every == 0 else 0)
+        ]
+        shown = "reward accuracy kl_ref_seq entropy clip_frac explained_variance"
+        run.log(step, steps, metrics, samples, shown)
+        if last or run.signal or step % args.save_every == 0:
+            run.save(step, policy, tokenizer, value_model=value_model)
+    return run.finish(steps, policy, tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------------------ plumbing
+# The same in every script: read it once.
+
+
+def require(ok: bool, message: str):
+    """Ends the run with `message` unless `ok`."""
+    if not ok:
+        raise SystemExit(message)
+
+
+def check_numbers(args: "Args"):
+    """Ends the run unless counts are at least 1, other numbers at least 0, and those that divide or scale above 0."""
+    for field in dataclasses.fields(args):
+        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            count = field.type in (int, int | None) and field.name not in ("seed", "warmup_steps")
+            require(math.isfinite(value) and value >= count, f"{flag} {value}: must be at least {int(count)}")
+    for name in ("lr", "temperature", "clip_eps", "max_grad_norm", "target_kl", "kl_stop"):
+        require(getattr(args, name, None) != 0, f"--{name.replace('_', '-')} must be above 0")
+    require(args.adam_beta2 < 1, f"--adam-beta2 {args.adam_beta2}: must be below 1")
+
+
+def pick_device() -> torch.device:
+    """CUDA, else MPS, else CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def autocast(device: torch.device):
+    """bfloat16 arithmetic on CUDA, over float32 weights; float32 elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def seeded(seed: int, purpose: str, step: int) -> torch.Generator:
+    """A generator that depends on the arguments alone, so that there is no generator state to save."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {purpose} {step}".encode()))
+
+
+def draw_uniforms(seed: int, purpose: str, step: int, num_rows: int, length: int) -> Tensor:
+    """(num_rows, length) float64 in [0, 1)."""
+    return torch.rand(num_rows, length, generator=seeded(seed, purpose, step), dtype=torch.float64)
+
+
+def shuffled_indices(num_rows: int, seed: int, purpose: str, step: int, count: int) -> list[int]:
+    """The `count` rows of step 1, 2, ...: slices of an endless stream of epochs, each shuffled anew."""
+    first, indices = (step - 1) * count, []
+    for epoch in range(first // num_rows, (first + count - 1) // num_rows + 1):
+        order = torch.randperm(num_rows, generator=seeded(seed, purpose, epoch))
+        indices += order[max(0, first - epoch * num_rows) : first + count - epoch * num_rows].tolist()
+    return indices
+
+
+def micro_batches(rows: list[tuple], max_tokens: int, device: torch.device, pad_id: int = 0) -> Iterator[tuple]:
+    """Rows of (ids, mask, ...), lists of one length, as right-padded tensors: indices (n), ids (n, L), mask (n, L), ...
+
+    The longest rows come first; n * L is at most `max_tokens`, except that a longer row comes alone. What pads ids is
+    of no consequence under a causal model.
+    """
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+    while order:
+        width = len(rows[order[0]][0])
+        batch, order = order[: max(1, max_tokens // width)], order[max(1, max_tokens // width) :]
+        ids, *others = zip(*(rows[i] for i in batch))
+        ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in ids], device=device)
+        others = [[row + [0] * (width - len(row)) for row in column] for column in others]
+        yield batch, ids, *(torch.tensor(column, dtype=torch.float32, device=device) for column in others)
+
+
+def learning_rate(args: "Args", step: int, steps: int, peak: float) -> float:
+    """Linear warm-up to `peak` over `warmup_steps`, then the decay of `lr_schedule`, at step 1, 2, ... `steps`."""
+    if step < args.warmup_steps:
+        return peak * step / args.warmup_steps
+    left = (steps + 1 - step) / (steps + 1 - args.warmup_steps)  # 1 at the end of the warm-up, 0 after the last step
+    return peak * {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[args.lr_schedule]
+
+
+@functools.cache
+def hub_is_out_of_reach() -> bool:
+    """Asked once, because the Hub's own client goes on trying for half a minute."""
+    try:
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
+    except OSError as error:
+        return not isinstance(error, urllib.error.HTTPError)  # which would be an answer
+    return False
+
+
+def from_hub(loader, name: str, flag: str, new: tuple[str, ...] = (), **options):
+    """loader.from_pretrained of a local folder or Hub id. Ends the run, naming the flag, if that fails.
+
+    With `output_loading_info` among the options it also ends if weights are missing, but for those in `new`.
+    """
+    hints = {"runs/sft": "; `python sft.py` makes it", "runs/rm": "; `python rm.py` makes it"}
+    local, hint = Path(name).is_dir(), hints.get(name, "")
+    is_path = name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1
+    require(local or not is_path, f"{flag} {name}: there is no such folder{hint}")
+    try:
+        loaded = loader.from_pretrained(name, local_files_only=local or hub_is_out_of_reach(), **options)
+    except Exception as error:  # whatever a missing or broken file makes the libraries raise
+        raise SystemExit(f"{flag} {name} cannot be loaded: {error}") from error
+    if "output_loading_info" in options:
+        missing = sorted(set(loaded[1]["missing_keys"]) - set(new))
+        require(not missing, f"{flag} {name} lacks weights, so they would be random: {missing[:5]}")
+        return loaded[0]
+    return loaded
+
+
+def load_tokenizer(name: str, num_tokens: int):
+    """The tokenizer and the ids that end a completion: its EOS, the generation config's, the template's end of turn.
+
+    Ends the run if there is no EOS or if `num_tokens` do not fit the model's window.
+    """
+    tokenizer = from_hub(transformers.AutoTokenizer, name, "--model")
+    config = from_hub(transformers.AutoConfig, name, "--model")
+    require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no eos_token, so nothing could end")
+    window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
+    require(num_tokens <= window, f"--model {name} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
+    try:
+        offline = Path(name).is_dir() or hub_is_out_of_reach()
+        stops = transformers.GenerationConfig.from_pretrained(name, local_files_only=offline).eos_token_id
+    except OSError:  # it has none
+        stops = config.get_text_config().eos_token_id
+    eos_ids = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "@answer@"}]
+        tail = render(tokenizer, turns).rpartition("@answer@")[2]
+        eos_ids |= set(tokenizer.encode(tail, add_special_tokens=False)[:1]) & set(tokenizer.added_tokens_decoder)
+    return tokenizer, sorted(eos_ids)
+
+
+def load_config(name: str, flag: str):
+    """The configuration of a model, without dropout: with it, sampling and training would see different models."""
+    config = from_hub(transformers.AutoConfig, name, flag)
+    for part in (config, config.get_text_config()):
+        for key in [key for key in part.to_dict() if key.endswith(("dropout", "pdrop"))]:
+            setattr(part, key, 0.0)
+    return config
+
+
+def load_model(name: str, device: torch.device, gradient_checkpointing: bool = False, flag: str = "--model"):
+    """A causal language model in float32, whatever its folder holds, without dropout."""
+    options = {"config": load_config(name, flag), "dtype": torch.float32, "output_loading_info": True}
+    model = from_hub(transformers.AutoModelForCausalLM, name, flag, **options)
+    return prepare_model(model, device, gradient_checkpointing)
+
+
+def to_device(model, device: torch.device, gradient_checkpointing: bool):
+    """The model on `device`, in training mode."""
+    model = model.to(device).train()
+    for parameter in model.parameters():  # fresh, aligned memory: a resumed run then adds up the same bits
+        parameter.data = parameter.data.clone()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def prepare_model(model, device: torch.device, gradient_checkpointing: bool):
+    """The model on `device`, ready to train. Ends the run if its logits are not those that token_logprobs computes."""
+    model = to_device(model, device, gradient_checkpointing)
+    ids = torch.arange(8, device=device)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        logprobs, _ = token_logprobs(model, ids, (ids > 0).float())
+    same = (expected.gather(1, ids[0, 1:, None])[:, 0] - logprobs[0, 1:]).abs().max() < 1e-3
+    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # shows on large logits only
+    require(same and not capped, "--model: its logits are more than lm_head(hidden), all that token_logprobs knows")
+    return model
+
+
+def read_dataset(name: str, split: str, flag: str, wanted: list[str]) -> list[dict]:
+    """Rows of `arithmetic`, a local file or a Hub dataset, if they have one of the `wanted` sets of columns."""
+    if name == "arithmetic":
+        return arithmetic_rows(split, ARITHMETIC_ROWS[split])
+    formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    file_format = formats.get(Path(name.removesuffix(".gz")).suffix)
+    require(not file_format or Path(name).is_file(), f"{flag} {name}: there is no such file")
+    try:
+        if not file_format:
+            hub_name, config, chosen = (*name.split(":", 2), "", "")[:3]
+            datasets.config.HF_HUB_OFFLINE |= hub_is_out_of_reach()
+            rows = list(datasets.load_dataset(hub_name, config or None, split=chosen or split))
+        else:
+            empty = Path(name).stat().st_size == 0
+            rows = [] if empty else list(datasets.load_dataset(file_format, data_files=name, split="train"))
+    except Exception as error:  # whatever a missing or broken dataset makes the library raise
+        raise SystemExit(f"{flag} {name} cannot be read: {error}") from error
+    require(len(rows) > 0, f"{flag} {name} holds no rows")
+    found = [columns.split("+") for columns in wanted if set(columns.split("+")) <= set(rows[0])]
+    require(found, f"{flag} {name} has the columns {', '.join(rows[0])}; this script needs {' or '.join(wanted)}")
+    for i, row in enumerate(rows):
+        require(all(row[column] is not None for column in found[0]), f"{flag} {name}: row {i} lacks a value: {row}")
+    return rows
+
+
+def load_data(args: "Args", wanted: list[str]) -> tuple[list[dict], list[dict]]:
+    """Training and evaluation rows: `eval_dataset`, else the Hub's test or validation split, else the last rows."""
+    rows, held_out = read_dataset(args.dataset, "train", "--dataset", wanted), []
+    if args.eval_dataset or args.dataset == "arithmetic":
+        held_out = read_dataset(args.eval_dataset or args.dataset, "test", "--eval-dataset", wanted)
+    elif not Path(args.dataset).is_file():
+        hub_name, config, chosen = (*args.dataset.split(":", 2), "", "")[:3]
+        try:
+            names = datasets.get_dataset_split_names(hub_name, config or None)
+        except Exception as error:  # whatever the library raises
+            raise SystemExit(
+                f"--dataset {args.dataset}: its splits are unknown: {error}; give --eval-dataset"
+            ) from error
+        for split in [name for name in ("test", "validation") if name in names and not chosen.startswith(name)][:1]:
+            held_out = read_dataset(f"{hub_name}:{config}:{split}", split, "--eval-dataset", wanted)
+    if not held_out:
+        require(args.eval_size < len(rows), f"--eval-size {args.eval_size} leaves no row of {len(rows)} to train on")
+        rows, held_out = rows[: -args.eval_size], rows[-args.eval_size :]
+    return rows, held_out[: args.eval_size]
+
+
+def encode_rows(encode: Callable, rows: list[dict], max_length: int, flag: str) -> tuple[list[dict], list]:
+    """The rows that are not too long, and what `encode` makes of each: ids, (ids, mask), or a pair of (ids, mask)."""
+    kept, encoded = [], []
+    for i, row in enumerate(rows):
+        try:
+            item = encode(row)
+        except Exception as error:  # a chat template may raise anything
+            hint = " (drop --system-prompt?)" if "system" in str(error).lower() else ""
+            raise SystemExit(f"row {i} cannot be encoded: {error}{hint}; the row is {row}") from error
+        parts = item if isinstance(item, tuple) else (item,)
+        if max(len(part[0] if isinstance(part, tuple) else part) for part in parts) <= max_length:
+            kept.append(row)
+            encoded.append(item)
+        if (i + 1) % 50_000 == 0:
+            print(f"encoded {i + 1:,} of {len(rows):,} rows", flush=True)
+    require(len(kept) > 0, f"all {len(rows)} rows are longer than {flag} {max_length} (tokens): raise it")
+    if len(kept) < len(rows):
+        print(f"dropped {len(rows) - len(kept):,} of {len(rows):,} rows: longer than {flag} {max_length} (tokens)")
+    return kept, encoded
+
+
+class Means:
+    """Sums and counts over all micro-batches, divided only at the end; a name that ends in _max keeps the largest."""
+
+    def __init__(self):
+        self.sums, self.counts = {}, {}
+
+    def add(self, mask: Tensor | None = None, **values):
+        """values: numbers or tensors by name; with a mask of their shape, only where that is 1. Kept on the device."""
+        for name, x in values.items():
+            x = torch.as_tensor(x).detach().float()
+            weight = torch.ones_like(x) if mask is None else mask
+            if name.endswith("_max"):
+                largest = (x * weight).max()
+                self.sums[name], self.counts[name] = torch.maximum(largest, self.sums.get(name, largest)), 1
+            else:
+                self.sums[name] = self.sums.get(name, 0) + (x * weight).sum()
+                self.counts[name] = self.counts.get(name, 0) + weight.sum()
+
+    def result(self) -> dict[str, float]:
+        return {name: float(total / self.counts[name]) for name, total in self.sums.items()}
+
+
+class Run:
+    """The output folder: args.json, metrics.jsonl, samples.jsonl, checkpoints/step-N, and the final model.
+
+    Whatever is more than a line is written beside its place and renamed: a kill leaves what --resume goes on from.
+    """
+
+    free = ("resume", "overwrite", "track", "wandb_project", "sample_every", "save_every", "save_dtype", "out")
+    files = "metrics.jsonl samples.jsonl checkpoints wandb config.json generation_config.json model.safetensors"
+    files += (
+        " model.safetensors.index.json model-*-of-*.safetensors tokenizer.json tokenizer_config.json tokenizer.model"
+    )
+    files += " special_tokens_map.json added_tokens.json chat_template.jinja vocab.json vocab.txt merges.txt"
+
+    def __init__(self, args: "Args"):
+        """Decides between a new run and a resumed one and refuses what would lose something. Writes nothing."""
+        self.args, self.out, self.settings = args, Path(args.out), json.loads(json.dumps(vars(args)))
+        self.step = self.first = 0  # the last step that is done; the one that this process begins after
+        self.checkpoint = None  # the folder to load from instead of --model
+        self.rows, self.record = [], {}  # of metrics.jsonl; the content of args.json
+        self.optimizers, self.state = {}, {}  # by name; what state.pt holds beside them
+        self.loss = self.skipped = self.skipped_in_a_row = self.signal = 0
+        self.checked, self.wandb, self.clock = False, None, time.perf_counter()
+        read = [getattr(args, name, None) for name in ("model", "reference", "value_model")]
+        for folder in (*read, *getattr(args, "reward", ())):
+            path = Path(folder or "").resolve()
+            inside = folder and path.is_dir() and self.out.resolve() in (path, *path.parents)
+            require(not inside, f"--out {self.out} holds {folder}, which this run reads: choose another --out")
+        require(not (args.resume and args.overwrite), "--resume goes on from a run, --overwrite removes it: give one")
+        require(not self.out.is_file(), f"--out {self.out} is a file: name a folder")
+        try:
+            saved = self.out / "args.json"
+            self.record = json.loads(saved.read_text()) if saved.exists() else {}
+        except ValueError as error:
+            raise SystemExit(f"--out {self.out}: its args.json is broken ({error}): choose another --out") from error
+        ours = {"args", "resolved"} <= set(self.record)
+        held = sorted(path.name for pattern in ("args.json " + self.files).split() for path in self.out.glob(pattern))
+        require(ours or not held, f"--out {self.out} holds {held}, which no run of ours wrote: choose another --out")
+        may_go = not ours or args.resume or args.overwrite
+        require(may_go, f"--out {self.out} holds a run: go on with --resume, or start anew with --overwrite")
+        self.record = self.record if args.resume else {}
+        if self.record:
+            before = self.record["args"]
+            for name, value in self.settings.items():
+                free = name in self.free or (name in ("steps", "epochs") and args.lr_schedule == "constant")
+                flag = "--" + name.replace("_", "-")
+                same = free or value == before.get(name)
+                require(same, f"--resume: {flag} was {before.get(name)!r}; {value!r} would change the result")
+            for folder in (self.out / "checkpoints").glob("step-*[0-9]"):
+                if int(folder.name.removeprefix("step-")) > self.step:
+                    self.step, self.checkpoint = int(folder.name.removeprefix("step-")), str(folder)
+
+    def finished(self, steps: int) -> bool:
+        """Whether there is nothing left to do; says so."""
+        require(steps >= self.step, f"--steps {steps}: the last checkpoint is at step {self.step} already")
+        if self.record.get("finished") == steps:
+            print(f"{self.out}: this run is finished")
+        return self.record.get("finished") == steps
+
+    def start(self, optimizers: dict[str, torch.optim.Optimizer], **resolved):
+        """Makes the folder or, resuming, restores the optimizers and cuts the logs back to the checkpoint's step."""
+        self.optimizers = optimizers
+        if self.checkpoint:
+            try:
+                self.state = torch.load(Path(self.checkpoint) / "state.pt", weights_only=True, map_location="cpu")
+                for name, optimizer in optimizers.items():
+                    optimizer.load_state_dict(self.state.pop(name))
+                self.skipped, self.skipped_in_a_row = self.state["skipped"], self.state["skipped_in_a_row"]
+            except Exception as error:  # whatever a broken file makes torch raise
+                raise SystemExit(
+                    f"--resume: {self.checkpoint} is broken: {error}; remove it to use the one before"
+                ) from error
+        logs = {"metrics.jsonl": [], "samples.jsonl": []}
+        for name in logs if self.checkpoint else ():
+            try:  # a kill may have torn what follows the last newline
+                rows = [json.loads(line) for line in (self.out / name).read_text().split("\n")[:-1]]
+                logs[name] = [row for row in rows if row["step"] <= self.step]
+            except (OSError, ValueError) as error:
+                raise SystemExit(f"--resume: {self.out / name} is broken: {error}") from error
+        self.rows = logs["metrics.jsonl"]
+        if self.args.track:
+            try:
+                import wandb
+            except ImportError as error:
+                raise SystemExit("--track needs wandb: pip install wandb") from error
+            self.wandb = wandb
+        self.out.mkdir(parents=True, exist_ok=True)
+        checkpoints, removed = self.out / "checkpoints", self.out / "checkpoints.tmp"
+        shutil.rmtree(removed, ignore_errors=True)
+        if self.args.overwrite and (self.out / "args.json").exists():  # no kill may leave a mixture of two runs
+            old = json.loads((self.out / "args.json").read_text())
+            write_beside(self.out / "args.json", json.dumps(old | {"finished": None}))
+        if self.args.overwrite and checkpoints.exists():
+            checkpoints.rename(removed)
+        wandb_id = self.record.get("wandb_id") or uuid.uuid4().hex[:8]
+        self.record = {"args": self.settings, "resolved": resolved, "wandb_id": wandb_id}
+        write_beside(self.out / "args.json", json.dumps(self.record, indent=2))  # marks the folder as a run's
+        patterns = ["checkpoints.tmp", "checkpoints/*.tmp", *(self.files.split() if self.args.overwrite else [])]
+        for path in [path for pattern in patterns for path in self.out.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for name, rows in logs.items():
+            write_beside(self.out / name, "".join(json.dumps(row) + "\n" for row in rows))
+        if self.args.resume:
+            print(f"resuming {self.out} from step {self.step}")
+        if self.args.track:
+            options = {"id": self.record["wandb_id"], "resume": "allow", "dir": self.out, "name": self.out.name}
+            self.wandb.init(project=self.args.wandb_project, config=self.settings | resolved, **options)
+        if __name__ == "__main__":  # a notebook keeps its own Ctrl-C
+            signal.signal(signal.SIGINT, self.on_signal)
+            signal.signal(signal.SIGTERM, self.on_signal)
+        self.first, self.clock = self.step, time.perf_counter()
+
+    def on_signal(self, number: int, frame):
+        """The first signal lets the step finish and be saved; a second one stops at once."""
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("stopping after this step; once more to stop at once", flush=True)
+
+    def check_first_batch(self, tokenizer, ids: Tensor, mask: Tensor, gap: Tensor | None, means: Means):
+        """Shows what is trained. Ends the run if sampling and training log-probabilities differ by `gap` (n, L)."""
+        self.checked, actions, text = True, mask.bool(), ""
+        end = int(actions[0].nonzero()[-1]) + 1
+        for trained, tokens in itertools.groupby(range(end), key=actions[0].tolist().__getitem__):
+            piece = tokenizer.decode(ids[0, list(tokens)])
+            text += f"«{piece}»" if trained else piece
+        num_bos = 0 if tokenizer.bos_token_id is None else int((ids[0, :end] == tokenizer.bos_token_id).sum())
+        num_eos = int((actions & (ids == tokenizer.eos_token_id)).sum())
+        print(
+            f"first row, trained tokens in «», BOS {num_bos} times:\n{text}\nfirst micro-batch: {len(ids)} rows, ",
+            end="",
+        )
+        print(f"{ids.numel()} tokens with padding, {int(actions.sum())} trained, {num_eos} of them EOS")
+        if "kl_ref_seq" in means.sums:
+            print(f"KL to the reference {means.result()['kl_ref_seq']:.1e} per completion")
+        if gap is not None:
+            mean, largest = masked_mean(gap, mask).item(), (gap * mask).max().item()
+            print(f"|sampling - training log-probability|: mean {mean:.1e}, max {largest:.1e}")
+            exact = largest < 1e-3 or ids.device.type == "cuda"
+            require(exact, "sampling and training differ by more than 1e-3: this model's cached decoding is not exact")
+            if mean > 0.02:
+                print("warning: sampling and training log-probabilities differ by more than 0.02 on average")
+
+    def backward(self, loss: Tensor):
+        """Adds to the gradient. The losses of a step's micro-batches add up to the loss of the step."""
+        loss.backward()
+        self.loss = self.loss + loss.detach()
+
+    def discard(self):
+        """Forgets the gradient and the loss that have added up."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        self.loss = 0
+
+    def update(self, **rates: float) -> dict[str, float]:
+        """Clips each model's gradient to max_grad_norm and steps each optimizer at the rate given under its name.
+
+        Returns loss and grad_norm (value_grad_norm for a `value_optimizer`). Skips what is not finite; ten in a row
+        end the run.
+        """
+        metrics = {"loss": float(self.loss)}
+        for name, lr in rates.items():
+            (group,) = self.optimizers[name].param_groups
+            for parameter in group["params"]:
+                if parameter.grad is None:  # no row had a signal: Adam's momentum still acts
+                    parameter.grad = torch.zeros_like(parameter)
+            norm = torch.nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm).item()
+            group["lr"], metrics[name.replace("optimizer", "grad_norm")] = lr, norm
+        if all(map(math.isfinite, metrics.values())):
+            for name in rates:
+                self.optimizers[name].step()
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            print(f"update skipped: {metrics}", flush=True)
+            require(self.skipped_in_a_row < 10, "ten updates in a row were not finite: lower --lr, or look at the data")
+        self.discard()
+        return metrics
+
+    def log(self, step: int, steps: int, metrics: dict, samples: list[dict] = (), shown: str = ""):
+        """A row in metrics.jsonl, the samples in samples.jsonl, and a line on screen with the `shown` metrics."""
+        metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+        self.rows.append({"step": step, **metrics, "skipped_updates": self.skipped})
+        for name, rows in (("samples", [{"step": step, **sample} for sample in samples]), ("metrics", self.rows[-1:])):
+            with open(self.out / f"{name}.jsonl", "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        if step == self.first:  # the first evaluation says nothing of the time that a step takes
+            self.clock = time.perf_counter()
+        else:
+            left = (time.perf_counter() - self.clock) / (step - self.first) * (steps - step)
+            text = "  ".join(f"{x} {metrics[x]:.4g}" for x in shown.split() if metrics.get(x) is not None)
+            speed = f"{metrics['time/tokens_per_s']:,.0f} tokens/s"
+            print(f"step {step}/{steps}  {text}  {speed}  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+        text = "  ".join(
+            f"{name[5:]} {x:.4g}" for name, x in metrics.items() if name.startswith("eval/") and x is not None
+        )
+        if text:
+            print(f"evaluation at step {step}:  {text}", flush=True)
+        if self.wandb:
+            data = [[str(value) for value in sample.values()] for sample in samples]
+            table = {"samples": self.wandb.Table(list(samples[0]), data)} if samples else {}
+            self.wandb.log(self.rows[-1] | table, step=step)
+
+    def save(self, step: int, model, tokenizer, **others):
+        """checkpoints/step-N, the last two kept: a model folder with the optimizers' state. Exits if a signal came.
+
+        others: further models, each in a folder of its name, and tensors, which go into state.pt.
+        """
+        folder = self.out / "checkpoints" / f"step-{step}"
+        beside = folder.with_suffix(".tmp")
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        state = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        for name, x in others.items():
+            if isinstance(x, torch.nn.Module):
+                x.save_pretrained(beside / name)
+            else:
+                state[name] = x
+        state |= {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        torch.save(state, beside / "state.pt")
+        beside.rename(folder)
+        self.prune()
+        if self.signal:
+            print(f"stopped at step {step}: go on with --resume", flush=True)
+            if self.wandb:
+                self.wandb.finish()
+            raise SystemExit(128 + self.signal)
+
+    def prune(self):
+        """Keeps the last two checkpoints."""
+        folders = (self.out / "checkpoints").glob("step-*[0-9]")
+        for old in sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))[:-2]:
+            shutil.rmtree(old.rename(old.with_suffix(".tmp")))
+
+    def finish(self, steps: int, model, tokenizer) -> dict[str, float]:
+        """Writes the final model to `out`, config.json last, and returns the final metrics."""
+        beside = self.out / "checkpoints" / "final.tmp"
+        model.to(getattr(torch, self.args.save_dtype)).save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
+            path.replace(self.out / path.name)
+        beside.rmdir()
+        write_beside(self.out / "args.json", json.dumps(self.record | {"finished": steps}, indent=2))
+        self.prune()
+        if self.wandb:
+            self.wandb.finish()
+        print(f"wrote {self.out}")
+        return self.summary()
+
+    def summary(self) -> dict[str, float]:
+        """The last row of metrics.jsonl, and the first evaluation as before/..."""
+        rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        before = {name: value for name, value in rows[0].items() if name.startswith("eval/")}
+        return {name.replace("eval/", "before/"): value for name, value in before.items()} | rows[-1]
+
+
+def write_beside(path: Path, text: str):
+    """Writes a file so that a kill leaves the old one or the new one, never a part."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,1015 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "tyro==1.0.17", "wandb==0.31.0"]
+# ///
+"""RM: a reward model from preferences (Bradley and Terry 1952; Stiennon et al. 2020, arXiv:2009.01325, eq. 1).
+
+Maximise the likelihood of the preferences under P(chosen > rejected) = sigmoid(r_c - r_r). The loss that is minimised:
+
+    loss     = 1/batch_size * sum_n [ -log sigmoid(r_c - r_r - margin) + center_coef * (r_c + r_r)^2 ]
+    r        = score . hidden[length - 1]      one number for the whole text, read at its last token
+
+Each step:  (1) batch: the next `batch_size` pairs of an endless stream of shuffled epochs
+            (2) loss and gradient over token-budget micro-batches of whole pairs    (3) update
+
+Signal: one comparison per pair. Only differences matter: a constant added to all rewards of a prompt changes nothing,
+    which is why `center_coef` (Eisenstein et al. 2023) may hold their mean near 0.
+KL: none.
+Mask and normaliser: the reward is read at the last token that is not padding, EOS; its index comes from lengths. The
+    mean is over the pairs of the whole step. A pair that is already right by a wide margin hardly counts: its weight
+    in the gradient is sigmoid(r_r - r_c + margin).
+Truncation: none. A pair of which either side exceeds `max_length` is dropped and counted.
+Initialisation: the language model's weights, and a new head `score` without bias, N(0, 1/(D+1)) in variance.
+
+Data: rows of prompt + chosen + rejected, text or messages; or of chosen + rejected alone, whole conversations whose
+    shared beginning is the prompt (messages, or text with turns marked as in HH-RLHF). `margin`, an optional column.
+
+Run:  python sft.py && python rm.py                                                  a laptop CPU, under four minutes
+      python rm.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset Anthropic/hh-rlhf ...                one GPU, see README
+
+The model at `out` is an AutoModelForSequenceClassification with one label and a pad token that ends nothing.
+Metrics (metrics.jsonl), and what healthy looks like:
+  loss                    ln 2 = 0.69 at the start; falls
+  pair_accuracy, margin   of the step: share of pairs with r_c > r_r (0.5 if equal); mean r_c - r_r
+  reward_mean, grad_norm, lr    over both sides; near 0 if centred; the norm before clipping
+  eval/loss, eval/pair_accuracy, eval/margin    held-out pairs, without margin and centering; before/... at step 0
+  eval/reward_mean, eval/reward_std    over both sides; the scale says how sure the model is, not how good it is
+  eval/longer_wins        accuracy of preferring the longer side, the baseline to beat
+  eval/length_correlation    of reward with length, both less their pair's mean; near 1 the model counts tokens
+  eval/calibration_error  mean gap between predicted and observed preference, over the ten bins of
+  calibration/predicted_K, calibration/observed_K, calibration/pairs_K    the side with the higher reward: sigmoid(gap),
+                          the share in which it is the chosen one, and the count; bin K is 0.5 + K/20 to 0.55 + K/20
+  skipped_updates         updates left out so far because they were not finite
+
+Dimensions: N pairs, 2N sequences (first the chosen ones, then the rejected ones), L tokens, D hidden.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import time
+import urllib.error
+import urllib.request
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import torch
+import transformers
+import tyro
+from torch import Tensor
+
+datasets.disable_progress_bars()
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+@dataclasses.dataclass
+class Args:
+    # model and data
+    model: str = "runs/sft"
+    """Model to start from: a local folder or a Hub id; `tiny`, in sft.py, is a small one with random weights."""
+    dataset: str = "arithmetic"
+    """`arithmetic` (built in), a local .jsonl/.json/.csv/.parquet file, or a Hub dataset as name[:config[:split]]."""
+    eval_dataset: str | None = None
+    """Evaluation rows, named like `dataset`; default: the Hub's test or validation split, else the last rows."""
+    system_prompt: str | None = None
+    """Text put in front of every prompt, as the system turn where there is a chat template."""
+    max_length: int = 1024
+    """Rows of more tokens than this are dropped and counted."""
+    out: str = "runs/rm"
+    """Folder for the final model, logs and checkpoints."""
+
+    # algorithm
+    center_coef: float = 0.01
+    """Weight of (r_c + r_r)^2, which holds the mean reward near 0; at 0 it may be anything."""  # paper: 0.01
+
+    # optimisation
+    epochs: int = 1
+    """Passes over the training rows."""  # paper: 1
+    steps: int | None = None
+    """Optimizer steps (rollouts, in an online script); default: the built-in run, or all epochs."""
+    batch_size: int = 64
+    """Rows per optimizer step."""  # paper: 64
+    lr: float | None = None
+    """Peak learning rate; default: one that suits the size of the model, printed and logged."""  # paper: 1.5e-5
+    lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """Decay of the learning rate after the warm-up, to 0 just after the last step."""  # paper: cosine
+    warmup_steps: int = 15
+    """Steps over which the learning rate rises from 0."""
+    adam_beta2: float = 0.99
+    """Adam's decay rate of the squared gradient."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm."""
+    micro_batch_tokens: int = 2048
+    """Most tokens, padding included, in one forward and backward pass; a large GPU is faster with more."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    # run
+    seed: int = 0
+    """Seed of every random draw."""
+    eval_every: int = 200
+    """Steps between evaluations."""
+    eval_size: int = 1000
+    """Evaluation rows."""
+    sample_every: int = 100
+    """Steps between samples written to samples.jsonl."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the final model's weights."""
+    resume: bool = False
+    """Go on from the last checkpoint in `out`."""
+    overwrite: bool = False
+    """Remove the run that `out` holds and start anew."""
+    track: bool = False
+    """Log to Weights & Biases too (WANDB_MODE=offline works)."""
+    wandb_project: str = "onefile-rlhf"
+    """Weights & Biases project."""
+
+    def __post_init__(self):
+        check_numbers(self)
+
+
+# ----------------------------------------------------------------------------------------------------------- algorithm
+
+
+def bradley_terry_loss(
+    chosen_rewards: Tensor, rejected_rewards: Tensor, margin: Tensor | float = 0.0, center_coef: float = 0.0
+) -> Tensor:
+    """-log sigmoid(r_c - r_r - margin) + center_coef * (r_c + r_r)^2 of each pair; rewards, result: (N,), in nats.
+
+    margin: (N,) or one number, in units of the reward. Stiennon et al. 2020, eq. 1; the margin as in Touvron et al.
+    2023, eq. 2; the centering as in Eisenstein et al. 2023, arXiv:2312.09244. Raises ValueError on unequal shapes.
+    """
+    if chosen_rewards.shape != rejected_rewards.shape or chosen_rewards.dim() != 1:
+        raise ValueError(f"rewards of shapes {chosen_rewards.shape} and {rejected_rewards.shape} are not (N,) twice")
+    preference = torch.nn.functional.logsigmoid(chosen_rewards - rejected_rewards - margin)  # log P(chosen > rejected)
+    return -preference + center_coef * (chosen_rewards + rejected_rewards) ** 2
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """sum(x * mask) / sum(mask), a scalar."""
+    return (x * mask).sum() / mask.sum()
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Correlation of two quantities over both sides of every pair, each less its pair's mean; x, y: (N, 2).
+
+    The prompt, which both sides share, thereby drops out. NaN if either never differs within a pair.
+    """
+    x, y = x[:, 0] - x[:, 1], y[:, 0] - y[:, 1]  # twice the distance from the pair's mean
+    return float((x * y).sum() / (x.square().sum() * y.square().sum()).sqrt())
+
+
+def calibration(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, float]:
+    """Predicted against observed preference for the side with the higher reward, in ten bins; rewards: (N,).
+
+    predicted_K: mean sigmoid(|r_c - r_r|) of bin K, from 0.5 + K/20 to 0.55 + K/20; observed_K: how often that side is
+    the chosen one, ties counting half; pairs_K: the bin's size. error: mean |predicted - observed| over pairs.
+    """
+    gap = chosen_rewards - rejected_rewards
+    predicted, observed = gap.abs().sigmoid(), (gap > 0).float() + 0.5 * (gap == 0)
+    bins, result, error = ((predicted - 0.5) * 20).long().clamp(max=9), {}, 0.0
+    for k in range(10):
+        inside = bins == k
+        values = predicted[inside].mean().item(), observed[inside].mean().item()  # NaN in an empty bin
+        result |= {f"predicted_{k}": values[0], f"observed_{k}": values[1], f"pairs_{k}": int(inside.sum())}
+        error += abs(values[0] - values[1]) * int(inside.sum()) if inside.any() else 0.0
+    return {**result, "error": error / len(gap)}
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+ARITHMETIC_ROWS = {"train": 20_000, "test": 2_000}
+
+
+def solve(numbers: list[int], slip: float, habit: float, rng: random.Random) -> str:
+    """The running sum of `numbers`, line by line, closed by `#### total`, with the demonstrator's two faults.
+
+    slip: probability of a wrong step that carries on. habit: probability that adding 7 comes out one too high.
+    """
+    total, lines = numbers[0], []
+    for number in numbers[1:]:
+        result = total + number
+        if number == 7 and rng.random() < habit:
+            result += 1
+        elif rng.random() < slip:
+            result += rng.choice((-1, 1, 2)) if result else 1
+        lines.append(f"{total}+{number}={result}\n")
+        total = result
+    return "".join(lines) + f"#### {total}"
+
+
+def arithmetic_rows(split: str, num_rows: int) -> list[dict]:
+    """The built-in task: distinct chains of 2 to 5 one-digit numbers; a tenth of all prompts is the `test` split.
+
+    completion: a demonstration with both faults. chosen: a flawless one. rejected: one whose faults made it wrong.
+    """
+    rng, pair_rng, rows, seen = random.Random(f"arithmetic {split}"), random.Random(f"pairs {split}"), [], set()
+    while len(rows) < num_rows:
+        numbers = [rng.randrange(10) for _ in range(rng.randint(2, 5))]
+        prompt = "+".join(map(str, numbers)) + "="
+        is_test = zlib.crc32(prompt.encode()) % 10 == 0
+        if is_test == (split == "test") and prompt not in seen:
+            seen.add(prompt)
+            completion = solve(numbers, slip=0.1, habit=0.6, rng=rng)
+            chosen = rejected = solve(numbers, slip=0.0, habit=0.0, rng=pair_rng)
+            while rejected.rpartition(" ")[2] == str(sum(numbers)):
+                rejected = solve(numbers, slip=0.1, habit=0.6, rng=pair_rng)
+            row = {"prompt": prompt, "completion": completion, "answer": str(sum(numbers))}
+            rows.append({**row, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def as_messages(prompt: str | list[dict], system_prompt: str | None) -> list[dict]:
+    """A prompt (text or messages) as messages, behind the system prompt if there is one."""
+    if not prompt or not isinstance(prompt, (str, list)):
+        raise ValueError(f"expected text or messages, found {prompt!r}")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [*([{"role": "system", "content": system_prompt}] if system_prompt else []), *messages]
+
+
+def prompt_of(row: dict) -> str | list[dict]:
+    """The prompt of a row, text or messages: its column `prompt`, else `question`."""
+    return row["prompt"] if "prompt" in row else row["question"]
+
+
+def render(tokenizer, messages: list[dict], generation_prompt: bool = False) -> str:
+    """The text of a conversation under the tokenizer's chat template."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+
+
+def encode_scored(tokenizer, prompt: str | list[dict], completion: str, system_prompt: str | None) -> list[int]:
+    """What a reward model reads: the conversation by the chat template, else prompt, completion and EOS as text."""
+    messages = as_messages(prompt, system_prompt)
+    if tokenizer.chat_template:
+        messages = [*messages, {"role": "assistant", "content": completion}]
+        return tokenizer.encode(render(tokenizer, messages), add_special_tokens=False)
+    text = "\n\n".join(message["content"] for message in messages) + completion
+    ids, eos = tokenizer.encode(text), tokenizer.eos_token_id  # with its own special tokens
+    return ids if eos is None or ids[-1] == eos else [*ids, eos]
+
+
+def encode_scored_pair(tokenizer, row: dict, system_prompt: str | None) -> tuple[tuple, tuple]:
+    """(ids, mask) of the chosen and of the rejected text; mask is 1 on all of it."""
+    sides = [encode_scored(tokenizer, prompt_of(row), row[side], system_prompt) for side in ("chosen", "rejected")]
+    return tuple((ids, [1] * len(ids)) for ids in sides)
+
+
+def split_pair(row: dict, chat: bool) -> dict | None:
+    """The row with `prompt` and the texts `chosen` and `rejected`; None if the sides part before the last turn.
+
+    Without a prompt, or as lists of messages, the sides are whole conversations, and what precedes their last turn is
+    the prompt: messages, or text in the layout of HH-RLHF, which becomes messages if `chat` (there is a template).
+    """
+    prompt, chosen, rejected = row.get("prompt", row.get("question")), row["chosen"], row["rejected"]
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        prompt = chosen[:-1] or prompt
+        if chosen[:-1] != rejected[:-1]:
+            return None
+        if not prompt or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
+            raise ValueError("`chosen` and `rejected` must close with an assistant turn, after a prompt")
+        chosen, rejected = chosen[-1]["content"], rejected[-1]["content"]
+    elif not prompt:
+        mark = "\n\nAssistant:"
+        end = chosen.rfind(mark) + len(mark)
+        if end < len(mark):
+            raise ValueError("without a column `prompt` it needs turns marked `\\n\\nHuman:` and `\\n\\nAssistant:`")
+        if rejected[:end] != chosen[:end] or mark in rejected[end:]:
+            return None
+        prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
+        if chat:
+            turns = re.split(r"\n\n(Human|Assistant):", prompt.removesuffix(mark))[1:]  # speaker, text, speaker, ...
+            roles = {"Human": "user", "Assistant": "assistant"}
+            prompt = [{"role": roles[who], "content": text.strip()} for who, text in zip(turns[::2], turns[1::2])]
+            chosen, rejected = chosen.strip(), rejected.strip()
+    return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def select_pairs(rows: list[dict], chat: bool, flag: str) -> list[dict]:
+    """The rows as `split_pair` makes them, without those that hold no preference; says what was dropped, and why."""
+    kept, seen = [], set()
+    dropped = dict.fromkeys(("equal sides", "sides that part before the last turn", "an empty side"), 0)
+    repeated = contradicted = 0
+    for i, row in enumerate(rows):
+        try:
+            pair = split_pair(row, chat)
+            equal = pair and pair["chosen"] == pair["rejected"]
+            empty = pair and not (pair["chosen"].strip() and pair["rejected"].strip())
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # what a malformed row makes it raise
+            raise SystemExit(f"{flag}: row {i} is no pair: {error!r}; the row is {row}") from error
+        for reason, found in zip(dropped, (equal, pair is None, empty and not equal)):
+            dropped[reason] += bool(found)
+        if pair is None or equal or empty:
+            continue
+        sides = pair["chosen"], pair["rejected"]
+        key, turned = (json.dumps([pair["prompt"], *order]) for order in (sides, sides[::-1]))
+        repeated, contradicted = repeated + (key in seen), contradicted + (turned in seen)
+        seen.add(key)
+        kept.append(pair)
+    reasons = ", ".join(f"{count:,} with {reason}" for reason, count in dropped.items() if count)
+    require(kept, f"{flag}: no preference remains of {len(rows):,} pairs: {reasons}")
+    if reasons:
+        print(f"{flag}: dropped of {len(rows):,} pairs: {reasons}")
+    if repeated or contradicted:
+        print(f"{flag}: {repeated:,} pairs repeat an earlier one and {contradicted:,} contradict one; all are kept")
+    return kept
+
+
+def audit(pairs: list[tuple], flag: str):
+    """Prints how the sides differ in length, the commonest thing to learn instead of the preference."""
+    lengths = torch.tensor([[len(ids) for ids, _ in pair] for pair in pairs], dtype=torch.float64)
+    longer, equal = (lengths[:, 0] > lengths[:, 1]).double().mean(), (lengths[:, 0] == lengths[:, 1]).double().mean()
+    means, largest = lengths.mean(0).tolist(), int(lengths.max())
+    print(f"{flag}: {len(pairs):,} pairs; the chosen side is longer in {longer:.1%}, as long in {equal:.1%};", end=" ")
+    print(f"mean tokens with the prompt {means[0]:.1f} chosen, {means[1]:.1f} rejected, at most {largest:,}")
+
+
+def margin_of(row: dict) -> float:
+    """The row's `margin`, 0 where there is none. Ends the run if it is no number."""
+    try:
+        margin = float(row.get("margin") or 0.0)
+    except (TypeError, ValueError):
+        margin = math.nan
+    require(math.isfinite(margin), f"column `margin`: {row.get('margin')!r} is not a number; the row is {row}")
+    return margin
+
+
+# ----------------------------------------------------------------------------------------------------- model and scores
+
+
+def load_scorer(name: str, device: torch.device, gradient_checkpointing: bool, flag: str, head_scale: float):
+    """A model with one scalar head `score` without bias, in float32, without dropout.
+
+    A reward model's folder is loaded as it is; a language model gets a new head, N(0, head_scale^2 / (D + 1)) in
+    variance (Stiennon et al. 2020 with 1). Ends the run if there are more labels, or another kind of head.
+    """
+    config = load_config(name, flag)
+    is_scorer = any(x.endswith("ForSequenceClassification") for x in config.architectures or ())
+    labels = config.num_labels if is_scorer else 1
+    require(labels == 1, f"{flag} {name} has {labels} labels; a reward model has one")
+    config.num_labels = 1
+    options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+    new = () if is_scorer else ("score.weight",)
+    model = from_hub(transformers.AutoModelForSequenceClassification, name, flag, new, **options)
+    head = getattr(model, "score", None)
+    plain = isinstance(head, torch.nn.Linear) and head.bias is None
+    require(plain, f"{flag} {name}: its classifier has no linear head `score` without bias: use a decoder")
+    if not is_scorer:
+        draws = torch.randn(head.weight.shape, generator=seeded(0, "head", 0))
+        head.weight.data = head_scale * draws / math.sqrt(head.in_features + 1)
+    return to_device(model, device, gradient_checkpointing)
+
+
+def prepare_reward_model(model, tokenizer, eos_ids: list[int]):
+    """Gives the model a pad token that ends nothing, and ends the run if `score` is not what transformers computes.
+
+    transformers reads the score at the last token that is not padding; with pad = EOS it would miss the EOS.
+    """
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in eos_ids:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    before = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > before:
+        model.resize_token_embeddings(len(tokenizer))
+        model.get_input_embeddings().weight.data[before:] = 0.0  # no draws: padding is never seen
+    pad_id = model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    row = torch.arange(8, device=model.device) + (pad_id + 1 if pad_id < 8 else 0)  # eight ids, none of them padding
+    ids, mask = torch.stack([row, row]), torch.ones(2, 8, device=model.device)
+    ids[1, 5:], mask[1, 5:] = pad_id, 0.0
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float()
+        same = (score(model, ids, mask) - expected).abs().max() < 1e-3
+    require(same, "--model: its classifier is no causal one with a plain linear head, all that score knows")
+
+
+def score(model, ids: Tensor, mask: Tensor) -> Tensor:
+    """The reward of each text, (N,) in float32: the head on the hidden state of the last token whose mask is 1.
+
+    ids, mask: (N, L), right-padded; mask is 1 on the whole text. No attention mask: under a causal model, right padding
+    is never seen. Higher is better; only differences between completions of one prompt have a meaning.
+    """
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (N, L, D)
+    last = mask.sum(1).long() - 1  # (N,)
+    with torch.autocast(ids.device.type, enabled=False):
+        return model.score(hidden[torch.arange(len(ids), device=ids.device), last].float())[:, 0]
+
+
+@torch.no_grad()
+def score_pairs(model, pairs: list[tuple], max_tokens: int) -> Tensor:
+    """Rewards of the chosen and the rejected side of every pair, (N, 2) on the CPU."""
+    rewards = torch.zeros(len(pairs), 2)
+    for indices, ids, mask in pair_batches(pairs, max_tokens, model.device):
+        with autocast(model.device):
+            rewards[indices] = score(model, ids, mask).view(2, -1).T.cpu()
+    return rewards
+
+
+def evaluate_rewards(rewards: Tensor, pairs: list[tuple]) -> dict[str, float]:
+    """What the header lists under eval/ and calibration/, from rewards (N, 2) of held-out pairs."""
+    lengths = torch.tensor([[float(len(ids)) for ids, _ in pair] for pair in pairs])  # (N, 2)
+    (chosen, rejected), gap = rewards.unbind(1), rewards[:, 0] - rewards[:, 1]
+    longer = lengths[:, 0] - lengths[:, 1]
+    metrics = {
+        "eval/loss": bradley_terry_loss(chosen, rejected).mean().item(),
+        "eval/pair_accuracy": ((gap > 0).float() + 0.5 * (gap == 0)).mean().item(),
+        "eval/margin": gap.mean().item(),
+        "eval/reward_mean": rewards.mean().item(),
+        "eval/reward_std": rewards.std(correction=0).item(),
+        "eval/longer_wins": ((longer > 0).float() + 0.5 * (longer == 0)).mean().item(),
+        "eval/length_correlation": correlation(rewards, lengths),
+    }
+    calibrated = calibration(chosen, rejected)
+    metrics["eval/calibration_error"] = calibrated.pop("error")
+    return metrics | {f"calibration/{name}": value for name, value in calibrated.items()}
+
+
+def print_calibration(metrics: dict):
+    """The ten bins of the last evaluation, as a table."""
+    print("the side with the higher reward is the chosen one:\n  predicted  observed  pairs")
+    for k in range(10):
+        predicted, observed, pairs = (metrics[f"calibration/{x}_{k}"] for x in ("predicted", "observed", "pairs"))
+        if pairs:
+            print(f"  {predicted:9.3f}  {observed:8.3f}  {pairs:5,}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def main(args: Args) -> dict[str, float]:
+    """Trains, and returns the last row of metrics.jsonl beside the first evaluation (before/...)."""
+    run, device = Run(args), pick_device()
+    train_rows, eval_rows = load_data(args, ["chosen+rejected"])
+    tokenizer, eos_ids = load_tokenizer(args.model, args.max_length)
+    encode = functools.partial(encode_scored_pair, tokenizer, system_prompt=args.system_prompt)
+    data = []
+    for rows, flag in ((train_rows, "--dataset"), (eval_rows, "evaluation rows")):
+        rows = select_pairs(rows, bool(tokenizer.chat_template), flag)
+        rows, pairs = encode_rows(encode, rows, args.max_length, "--max-length")
+        audit(pairs, flag)
+        data.append((rows, pairs))
+    (train_rows, train_pairs), (eval_rows, eval_pairs) = data
+    margins = torch.tensor([margin_of(row) for row in train_rows])
+    require(len(train_pairs) >= args.batch_size, f"--batch-size: there are only {len(train_pairs)} pairs")
+    steps = args.steps or math.ceil(args.epochs * len(train_pairs) / args.batch_size)
+    if run.finished(steps):
+        return run.summary()
+
+    model = load_scorer(run.checkpoint or args.model, device, args.gradient_checkpointing, "--model", head_scale=1.0)
+    prepare_reward_model(model, tokenizer, eos_ids)
+    peak_lr = args.lr or (3e-4 if model.num_parameters() < 10_000_000 else 1.5e-5)
+    optimizer = torch.optim.AdamW(model.parameters(), peak_lr, betas=(0.9, args.adam_beta2), weight_decay=0.0)
+    print(f"{model.num_parameters():,} parameters on {device}, {len(train_pairs):,} pairs, peak lr {peak_lr:g}")
+    run.start({"optimizer": optimizer}, peak_lr=peak_lr, steps=steps)
+    if run.step == 0:
+        run.log(0, steps, evaluate_rewards(score_pairs(model, eval_pairs, args.micro_batch_tokens), eval_pairs))
+
+    for step in range(run.step + 1, steps + 1):
+        # (1) batch
+        clock = time.perf_counter()
+        rows = shuffled_indices(len(train_pairs), args.seed, "pairs", step, args.batch_size)
+        batch, means = [train_pairs[i] for i in rows], Means()
+
+        # (2) loss: both sides of a pair in one micro-batch, since its loss is one of their difference
+        for indices, ids, mask in pair_batches(batch, args.micro_batch_tokens, device):
+            with autocast(device):
+                chosen, rejected = score(model, ids, mask).chunk(2)  # (n,) each
+            margin = margins[[rows[i] for i in indices]].to(device)
+            losses = bradley_terry_loss(chosen, rejected, margin, args.center_coef)  # (n,)
+            run.backward(losses.sum() / args.batch_size)
+            right = (chosen > rejected).float() + 0.5 * (chosen == rejected)
+            means.add(pair_accuracy=right, margin=chosen - rejected, reward_mean=(chosen + rejected) / 2)
+            if not run.checked:  # the token that the reward is read at stands in «»
+                last = mask - torch.nn.functional.pad(mask, (0, 1))[:, 1:]
+                run.check_first_batch(tokenizer, ids, last, None, means)
+
+        # (3) update
+        lr = learning_rate(args, step, steps, peak_lr)
+        metrics = {**run.update(optimizer=lr), **means.result(), "lr": lr}
+        seconds = time.perf_counter() - clock
+        num_tokens = sum(len(ids) for pair in batch for ids, _ in pair)
+        metrics |= {"time/step_s": seconds, "time/tokens_per_s": num_tokens / seconds}
+        if step == steps or step % args.eval_every == 0:
+            rewards = score_pairs(model, eval_pairs, args.micro_batch_tokens)
+            metrics |= evaluate_rewards(rewards, eval_pairs)
+        samples = []
+        if step % args.sample_every == 0:
+            for row, pair in zip(eval_rows, score_pairs(model, eval_pairs[:4], args.micro_batch_tokens).tolist()):
+                texts = {name: row[name] for name in ("prompt", "chosen", "rejected")}
+                samples.append({**texts, "chosen_reward": pair[0], "rejected_reward": pair[1]})
+        run.log(step, steps, metrics, samples, "loss pair_accuracy margin grad_norm lr")
+        if step == steps or run.signal or step % args.save_every == 0:
+            run.save(step, model, tokenizer)
+    print_calibration(run.rows[-1])
+    return run.finish(steps, model, tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------------------ plumbing
+# The same in every script: read it once.
+
+
+def require(ok: bool, message: str):
+    """Ends the run with `message` unless `ok`."""
+    if not ok:
+        raise SystemExit(message)
+
+
+def check_numbers(args: "Args"):
+    """Ends the run unless counts are at least 1, other numbers at least 0, and those that divide or scale above 0."""
+    for field in dataclasses.fields(args):
+        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            count = field.type in (int, int | None) and field.name not in ("seed", "warmup_steps")
+            require(math.isfinite(value) and value >= count, f"{flag} {value}: must be at least {int(count)}")
+    for name in ("lr", "temperature", "clip_eps", "max_grad_norm", "target_kl", "kl_stop"):
+        require(getattr(args, name, None) != 0, f"--{name.replace('_', '-')} must be above 0")
+    require(args.adam_beta2 < 1, f"--adam-beta2 {args.adam_beta2}: must be below 1")
+
+
+def pick_device() -> torch.device:
+    """CUDA, else MPS, else CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def autocast(device: torch.device):
+    """bfloat16 arithmetic on CUDA, over float32 weights; float32 elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def seeded(seed: int, purpose: str, step: int) -> torch.Generator:
+    """A generator that depends on the arguments alone, so that there is no generator state to save."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {purpose} {step}".encode()))
+
+
+def shuffled_indices(num_rows: int, seed: int, purpose: str, step: int, count: int) -> list[int]:
+    """The `count` rows of step 1, 2, ...: slices of an endless stream of epochs, each shuffled anew."""
+    first, indices = (step - 1) * count, []
+    for epoch in range(first // num_rows, (first + count - 1) // num_rows + 1):
+        order = torch.randperm(num_rows, generator=seeded(seed, purpose, epoch))
+        indices += order[max(0, first - epoch * num_rows) : first + count - epoch * num_rows].tolist()
+    return indices
+
+
+def pair_batches(pairs: list[tuple], max_tokens: int, device: torch.device) -> Iterator[tuple]:
+    """Pairs of (ids, mask) as right-padded tensors: indices (n), ids (2n, L), mask (2n, L), first the n chosen sides.
+
+    The longest pairs come first; 2n * L is at most `max_tokens`, except that a longer pair comes alone.
+    """
+    widths = [max(len(ids) for ids, _ in pair) for pair in pairs]
+    order = sorted(range(len(pairs)), key=lambda i: -widths[i])
+    while order:
+        width = widths[order[0]]
+        count = max(1, max_tokens // (2 * width))
+        batch, order = order[:count], order[count:]
+        sides = [pairs[i][side] for side in (0, 1) for i in batch]
+        ids, mask = ([row + [0] * (width - len(row)) for row in column] for column in zip(*sides))
+        yield batch, torch.tensor(ids, device=device), torch.tensor(mask, dtype=torch.float32, device=device)
+
+
+def learning_rate(args: "Args", step: int, steps: int, peak: float) -> float:
+    """Linear warm-up to `peak` over `warmup_steps`, then the decay of `lr_schedule`, at step 1, 2, ... `steps`."""
+    if step < args.warmup_steps:
+        return peak * step / args.warmup_steps
+    left = (steps + 1 - step) / (steps + 1 - args.warmup_steps)  # 1 at the end of the warm-up, 0 after the last step
+    return peak * {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[args.lr_schedule]
+
+
+@functools.cache
+def hub_is_out_of_reach() -> bool:
+    """Asked once, because the Hub's own client goes on trying for half a minute."""
+    try:
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
+    except OSError as error:
+        return not isinstance(error, urllib.error.HTTPError)  # which would be an answer
+    return False
+
+
+def from_hub(loader, name: str, flag: str, new: tuple[str, ...] = (), **options):
+    """loader.from_pretrained of a local folder or Hub id. Ends the run, naming the flag, if that fails.
+
+    With `output_loading_info` among the options it also ends if weights are missing, but for those in `new`.
+    """
+    hints = {"runs/sft": "; `python sft.py` makes it", "runs/rm": "; `python rm.py` makes it"}
+    local, hint = Path(name).is_dir(), hints.get(name, "")
+    is_path = name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1
+    require(local or not is_path, f"{flag} {name}: there is no such folder{hint}")
+    try:
+        loaded = loader.from_pretrained(name, local_files_only=local or hub_is_out_of_reach(), **options)
+    except Exception as error:  # whatever a missing or broken file makes the libraries raise
+        raise SystemExit(f"{flag} {name} cannot be loaded: {error}") from error
+    if "output_loading_info" in options:
+        missing = sorted(set(loaded[1]["missing_keys"]) - set(new))
+        require(not missing, f"{flag} {name} lacks weights, so they would be random: {missing[:5]}")
+        return loaded[0]
+    return loaded
+
+
+def load_tokenizer(name: str, num_tokens: int):
+    """The tokenizer and the ids that end a completion: its EOS, the generation config's, the template's end of turn.
+
+    Ends the run if there is no EOS or if `num_tokens` do not fit the model's window.
+    """
+    tokenizer = from_hub(transformers.AutoTokenizer, name, "--model")
+    config = from_hub(transformers.AutoConfig, name, "--model")
+    require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no eos_token, so nothing could end")
+    window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
+    require(num_tokens <= window, f"--model {name} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
+    try:
+        offline = Path(name).is_dir() or hub_is_out_of_reach()
+        stops = transformers.GenerationConfig.from_pretrained(name, local_files_only=offline).eos_token_id
+    except OSError:  # it has none
+        stops = config.get_text_config().eos_token_id
+    eos_ids = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "@answer@"}]
+        tail = render(tokenizer, turns).rpartition("@answer@")[2]
+        eos_ids |= set(tokenizer.encode(tail, add_special_tokens=False)[:1]) & set(tokenizer.added_tokens_decoder)
+    return tokenizer, sorted(eos_ids)
+
+
+def load_config(name: str, flag: str):
+    """The configuration of a model, without dropout: with it, sampling and training would see different models."""
+    config = from_hub(transformers.AutoConfig, name, flag)
+    for part in (config, config.get_text_config()):
+        for key in [key for key in part.to_dict() if key.endswith(("dropout", "pdrop"))]:
+            setattr(part, key, 0.0)
+    return config
+
+
+def to_device(model, device: torch.device, gradient_checkpointing: bool):
+    """The model on `device`, in training mode."""
+    model = model.to(device).train()
+    for parameter in model.parameters():  # fresh, aligned memory: a resumed run then adds up the same bits
+        parameter.data = parameter.data.clone()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def read_dataset(name: str, split: str, flag: str, wanted: list[str]) -> list[dict]:
+    """Rows of `arithmetic`, a local file or a Hub dataset, if they have one of the `wanted` sets of columns."""
+    if name == "arithmetic":
+        return arithmetic_rows(split, ARITHMETIC_ROWS[split])
+    formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    file_format = formats.get(Path(name.removesuffix(".gz")).suffix)
+    require(not file_format or Path(name).is_file(), f"{flag} {name}: there is no such file")
+    try:
+        if not file_format:
+            hub_name, config, chosen = (*name.split(":", 2), "", "")[:3]
+            datasets.config.HF_HUB_OFFLINE |= hub_is_out_of_reach()
+            rows = list(datasets.load_dataset(hub_name, config or None, split=chosen or split))
+        else:
+            empty = Path(name).stat().st_size == 0
+            rows = [] if empty else list(datasets.load_dataset(file_format, data_files=name, split="train"))
+    except Exception as error:  # whatever a missing or broken dataset makes the library raise
+        raise SystemExit(f"{flag} {name} cannot be read: {error}") from error
+    require(len(rows) > 0, f"{flag} {name} holds no rows")
+    found = [columns.split("+") for columns in wanted if set(columns.split("+")) <= set(rows[0])]
+    require(found, f"{flag} {name} has the columns {', '.join(rows[0])}; this script needs {' or '.join(wanted)}")
+    for i, row in enumerate(rows):
+        require(all(row[column] is not None for column in found[0]), f"{flag} {name}: row {i} lacks a value: {row}")
+    return rows
+
+
+def load_data(args: "Args", wanted: list[str]) -> tuple[list[dict], list[dict]]:
+    """Training and evaluation rows: `eval_dataset`, else the Hub's test or validation split, else the last rows."""
+    rows, held_out = read_dataset(args.dataset, "train", "--dataset", wanted), []
+    if args.eval_dataset or args.dataset == "arithmetic":
+        held_out = read_dataset(args.eval_dataset or args.dataset, "test", "--eval-dataset", wanted)
+    elif not Path(args.dataset).is_file():
+        hub_name, config, chosen = (*args.dataset.split(":", 2), "", "")[:3]
+        try:
+            names = datasets.get_dataset_split_names(hub_name, config or None)
+        except Exception as error:  # whatever the library raises
+            raise SystemExit(
+                f"--dataset {args.dataset}: its splits are unknown: {error}; give --eval-dataset"
+            ) from error
+        for split in [name for name in ("test", "validation") if name in names and not chosen.startswith(name)][:1]:
+            held_out = read_dataset(f"{hub_name}:{config}:{split}", split, "--eval-dataset", wanted)
+    if not held_out:
+        require(args.eval_size < len(rows), f"--eval-size {args.eval_size} leaves no row of {len(rows)} to train on")
+        rows, held_out = rows[: -args.eval_size], rows[-args.eval_size :]
+    return rows, held_out[: args.eval_size]
+
+
+def encode_rows(encode: Callable, rows: list[dict], max_length: int, flag: str) -> tuple[list[dict], list]:
+    """The rows that are not too long, and what `encode` makes of each: ids, (ids, mask), or a pair of (ids, mask)."""
+    kept, encoded = [], []
+    for i, row in enumerate(rows):
+        try:
+            item = encode(row)
+        except Exception as error:  # a chat template may raise anything
+            hint = " (drop --system-prompt?)" if "system" in str(error).lower() else ""
+            raise SystemExit(f"row {i} cannot be encoded: {error}{hint}; the row is {row}") from error
+        parts = item if isinstance(item, tuple) else (item,)
+        if max(len(part[0] if isinstance(part, tuple) else part) for part in parts) <= max_length:
+            kept.append(row)
+            encoded.append(item)
+        if (i + 1) % 50_000 == 0:
+            print(f"encoded {i + 1:,} of {len(rows):,} rows", flush=True)
+    require(len(kept) > 0, f"all {len(rows)} rows are longer than {flag} {max_length} (tokens): raise it")
+    if len(kept) < len(rows):
+        print(f"dropped {len(rows) - len(kept):,} of {len(rows):,} rows: longer than {flag} {max_length} (tokens)")
+    return kept, encoded
+
+
+class Means:
+    """Sums and counts over all micro-batches, divided only at the end; a name that ends in _max keeps the largest."""
+
+    def __init__(self):
+        self.sums, self.counts = {}, {}
+
+    def add(self, mask: Tensor | None = None, **values):
+        """values: numbers or tensors by name; with a mask of their shape, only where that is 1. Kept on the device."""
+        for name, x in values.items():
+            x = torch.as_tensor(x).detach().float()
+            weight = torch.ones_like(x) if mask is None else mask
+            if name.endswith("_max"):
+                largest = (x * weight).max()
+                self.sums[name], self.counts[name] = torch.maximum(largest, self.sums.get(name, largest)), 1
+            else:
+                self.sums[name] = self.sums.get(name, 0) + (x * weight).sum()
+                self.counts[name] = self.counts.get(name, 0) + weight.sum()
+
+    def result(self) -> dict[str, float]:
+        return {name: float(total / self.counts[name]) for name, total in self.sums.items()}
+
+
+class Run:
+    """The output folder: args.json, metrics.jsonl, samples.jsonl, checkpoints/step-N, and the final model.
+
+    Whatever is more than a line is written beside its place and renamed: a kill leaves what --resume goes on from.
+    """
+
+    free = ("resume", "overwrite", "track", "wandb_project", "sample_every", "save_every", "save_dtype", "out")
+    files = "metrics.jsonl samples.jsonl checkpoints wandb config.json generation_config.json model.safetensors"
+    files += (
+        " model.safetensors.index.json model-*-of-*.safetensors tokenizer.json tokenizer_config.json tokenizer.model"
+    )
+    files += " special_tokens_map.json added_tokens.json chat_template.jinja vocab.json vocab.txt merges.txt"
+
+    def __init__(self, args: "Args"):
+        """Decides between a new run and a resumed one and refuses what would lose something. Writes nothing."""
+        self.args, self.out, self.settings = args, Path(args.out), json.loads(json.dumps(vars(args)))
+        self.step = self.first = 0  # the last step that is done; the one that this process begins after
+        self.checkpoint = None  # the folder to load from instead of --model
+        self.rows, self.record = [], {}  # of metrics.jsonl; the content of args.json
+        self.optimizers, self.state = {}, {}  # by name; what state.pt holds beside them
+        self.loss = self.skipped = self.skipped_in_a_row = self.signal = 0
+        self.checked, self.wandb, self.clock = False, None, time.perf_counter()
+        read = [getattr(args, name, None) for name in ("model", "reference", "value_model")]
+        for folder in (*read, *getattr(args, "reward", ())):
+            path = Path(folder or "").resolve()
+            inside = folder and path.is_dir() and self.out.resolve() in (path, *path.parents)
+            require(not inside, f"--out {self.out} holds {folder}, which this run reads: choose another --out")
+        require(not (args.resume and args.overwrite), "--resume goes on from a run, --overwrite removes it: give one")
+        require(not self.out.is_file(), f"--out {self.out} is a file: name a folder")
+        try:
+            saved = self.out / "args.json"
+            self.record = json.loads(saved.read_text()) if saved.exists() else {}
+        except ValueError as error:
+            raise SystemExit(f"--out {self.out}: its args.json is broken ({error}): choose another --out") from error
+        ours = {"args", "resolved"} <= set(self.record)
+        held = sorted(path.name for pattern in ("args.json " + self.files).split() for path in self.out.glob(pattern))
+        require(ours or not held, f"--out {self.out} holds {held}, which no run of ours wrote: choose another --out")
+        may_go = not ours or args.resume or args.overwrite
+        require(may_go, f"--out {self.out} holds a run: go on with --resume, or start anew with --overwrite")
+        self.record = self.record if args.resume else {}
+        if self.record:
+            before = self.record["args"]
+            for name, value in self.settings.items():
+                free = name in self.free or (name in ("steps", "epochs") and args.lr_schedule == "constant")
+                flag = "--" + name.replace("_", "-")
+                same = free or value == before.get(name)
+                require(same, f"--resume: {flag} was {before.get(name)!r}; {value!r} would change the result")
+            for folder in (self.out / "checkpoints").glob("step-*[0-9]"):
+                if int(folder.name.removeprefix("step-")) > self.step:
+                    self.step, self.checkpoint = int(folder.name.removeprefix("step-")), str(folder)
+
+    def finished(self, steps: int) -> bool:
+        """Whether there is nothing left to do; says so."""
+        require(steps >= self.step, f"--steps {steps}: the last checkpoint is at step {self.step} already")
+        if self.record.get("finished") == steps:
+            print(f"{self.out}: this run is finished")
+        return self.record.get("finished") == steps
+
+    def start(self, optimizers: dict[str, torch.optim.Optimizer], **resolved):
+        """Makes the folder or, resuming, restores the optimizers and cuts the logs back to the checkpoint's step."""
+        self.optimizers = optimizers
+        if self.checkpoint:
+            try:
+                self.state = torch.load(Path(self.checkpoint) / "state.pt", weights_only=True, map_location="cpu")
+                for name, optimizer in optimizers.items():
+                    optimizer.load_state_dict(self.state.pop(name))
+                self.skipped, self.skipped_in_a_row = self.state["skipped"], self.state["skipped_in_a_row"]
+            except Exception as error:  # whatever a broken file makes torch raise
+                raise SystemExit(
+                    f"--resume: {self.checkpoint} is broken: {error}; remove it to use the one before"
+                ) from error
+        logs = {"metrics.jsonl": [], "samples.jsonl": []}
+        for name in logs if self.checkpoint else ():
+            try:  # a kill may have torn what follows the last newline
+                rows = [json.loads(line) for line in (self.out / name).read_text().split("\n")[:-1]]
+                logs[name] = [row for row in rows if row["step"] <= self.step]
+            except (OSError, ValueError) as error:
+                raise SystemExit(f"--resume: {self.out / name} is broken: {error}") from error
+        self.rows = logs["metrics.jsonl"]
+        if self.args.track:
+            try:
+                import wandb
+            except ImportError as error:
+                raise SystemExit("--track needs wandb: pip install wandb") from error
+            self.wandb = wandb
+        self.out.mkdir(parents=True, exist_ok=True)
+        checkpoints, removed = self.out / "checkpoints", self.out / "checkpoints.tmp"
+        shutil.rmtree(removed, ignore_errors=True)
+        if self.args.overwrite and (self.out / "args.json").exists():  # no kill may leave a mixture of two runs
+            old = json.loads((self.out / "args.json").read_text())
+            write_beside(self.out / "args.json", json.dumps(old | {"finished": None}))
+        if self.args.overwrite and checkpoints.exists():
+            checkpoints.rename(removed)
+        wandb_id = self.record.get("wandb_id") or uuid.uuid4().hex[:8]
+        self.record = {"args": self.settings, "resolved": resolved, "wandb_id": wandb_id}
+        write_beside(self.out / "args.json", json.dumps(self.record, indent=2))  # marks the folder as a run's
+        patterns = ["checkpoints.tmp", "checkpoints/*.tmp", *(self.files.split() if self.args.overwrite else [])]
+        for path in [path for pattern in patterns for path in self.out.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for name, rows in logs.items():
+            write_beside(self.out / name, "".join(json.dumps(row) + "\n" for row in rows))
+        if self.args.resume:
+            print(f"resuming {self.out} from step {self.step}")
+        if self.args.track:
+            options = {"id": self.record["wandb_id"], "resume": "allow", "dir": self.out, "name": self.out.name}
+            self.wandb.init(project=self.args.wandb_project, config=self.settings | resolved, **options)
+        if __name__ == "__main__":  # a notebook keeps its own Ctrl-C
+            signal.signal(signal.SIGINT, self.on_signal)
+            signal.signal(signal.SIGTERM, self.on_signal)
+        self.first, self.clock = self.step, time.perf_counter()
+
+    def on_signal(self, number: int, frame):
+        """The first signal lets the step finish and be saved; a second one stops at once."""
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("stopping after this step; once more to stop at once", flush=True)
+
+    def check_first_batch(self, tokenizer, ids: Tensor, mask: Tensor, gap: Tensor | None, means: Means):
+        """Shows what is trained. Ends the run if sampling and training log-probabilities differ by `gap` (n, L)."""
+        self.checked, actions, text = True, mask.bool(), ""
+        end = int(actions[0].nonzero()[-1]) + 1
+        for trained, tokens in itertools.groupby(range(end), key=actions[0].tolist().__getitem__):
+            piece = tokenizer.decode(ids[0, list(tokens)])
+            text += f"«{piece}»" if trained else piece
+        num_bos = 0 if tokenizer.bos_token_id is None else int((ids[0, :end] == tokenizer.bos_token_id).sum())
+        num_eos = int((actions & (ids == tokenizer.eos_token_id)).sum())
+        print(
+            f"first row, trained tokens in «», BOS {num_bos} times:\n{text}\nfirst micro-batch: {len(ids)} rows, ",
+            end="",
+        )
+        print(f"{ids.numel()} tokens with padding, {int(actions.sum())} trained, {num_eos} of them EOS")
+        if "kl_ref_seq" in means.sums:
+            print(f"KL to the reference {means.result()['kl_ref_seq']:.1e} per completion")
+        if gap is not None:
+            mean, largest = masked_mean(gap, mask).item(), (gap * mask).max().item()
+            print(f"|sampling - training log-probability|: mean {mean:.1e}, max {largest:.1e}")
+            exact = largest < 1e-3 or ids.device.type == "cuda"
+            require(exact, "sampling and training differ by more than 1e-3: this model's cached decoding is not exact")
+            if mean > 0.02:
+                print("warning: sampling and training log-probabilities differ by more than 0.02 on average")
+
+    def backward(self, loss: Tensor):
+        """Adds to the gradient. The losses of a step's micro-batches add up to the loss of the step."""
+        loss.backward()
+        self.loss = self.loss + loss.detach()
+
+    def discard(self):
+        """Forgets the gradient and the loss that have added up."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        self.loss = 0
+
+    def update(self, **rates: float) -> dict[str, float]:
+        """Clips each model's gradient to max_grad_norm and steps each optimizer at the rate given under its name.
+
+        Returns loss and grad_norm (value_grad_norm for a `value_optimizer`). Skips what is not finite; ten in a row
+        end the run.
+        """
+        metrics = {"loss": float(self.loss)}
+        for name, lr in rates.items():
+            (group,) = self.optimizers[name].param_groups
+            for parameter in group["params"]:
+                if parameter.grad is None:  # no row had a signal: Adam's momentum still acts
+                    parameter.grad = torch.zeros_like(parameter)
+            norm = torch.nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm).item()
+            group["lr"], metrics[name.replace("optimizer", "grad_norm")] = lr, norm
+        if all(map(math.isfinite, metrics.values())):
+            for name in rates:
+                self.optimizers[name].step()
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            print(f"update skipped: {metrics}", flush=True)
+            require(self.skipped_in_a_row < 10, "ten updates in a row were not finite: lower --lr, or look at the data")
+        self.discard()
+        return metrics
+
+    def log(self, step: int, steps: int, metrics: dict, samples: list[dict] = (), shown: str = ""):
+        """A row in metrics.jsonl, the samples in samples.jsonl, and a line on screen with the `shown` metrics."""
+        metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+        self.rows.append({"step": step, **metrics, "skipped_updates": self.skipped})
+        for name, rows in (("samples", [{"step": step, **sample} for sample in samples]), ("metrics", self.rows[-1:])):
+            with open(self.out / f"{name}.jsonl", "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        if step == self.first:  # the first evaluation says nothing of the time that a step takes
+            self.clock = time.perf_counter()
+        else:
+            left = (time.perf_counter() - self.clock) / (step - self.first) * (steps - step)
+            text = "  ".join(f"{x} {metrics[x]:.4g}" for x in shown.split() if metrics.get(x) is not None)
+            speed = f"{metrics['time/tokens_per_s']:,.0f} tokens/s"
+            print(f"step {step}/{steps}  {text}  {speed}  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+        text = "  ".join(
+            f"{name[5:]} {x:.4g}" for name, x in metrics.items() if name.startswith("eval/") and x is not None
+        )
+        if text:
+            print(f"evaluation at step {step}:  {text}", flush=True)
+        if self.wandb:
+            data = [[str(value) for value in sample.values()] for sample in samples]
+            table = {"samples": self.wandb.Table(list(samples[0]), data)} if samples else {}
+            self.wandb.log(self.rows[-1] | table, step=step)
+
+    def save(self, step: int, model, tokenizer, **others):
+        """checkpoints/step-N, the last two kept: a model folder with the optimizers' state. Exits if a signal came.
+
+        others: further models, each in a folder of its name, and tensors, which go into state.pt.
+        """
+        folder = self.out / "checkpoints" / f"step-{step}"
+        beside = folder.with_suffix(".tmp")
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        state = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        for name, x in others.items():
+            if isinstance(x, torch.nn.Module):
+                x.save_pretrained(beside / name)
+            else:
+                state[name] = x
+        state |= {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        torch.save(state, beside / "state.pt")
+        beside.rename(folder)
+        self.prune()
+        if self.signal:
+            print(f"stopped at step {step}: go on with --resume", flush=True)
+            if self.wandb:
+                self.wandb.finish()
+            raise SystemExit(128 + self.signal)
+
+    def prune(self):
+        """Keeps the last two checkpoints."""
+        folders = (self.out / "checkpoints").glob("step-*[0-9]")
+        for old in sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))[:-2]:
+            shutil.rmtree(old.rename(old.with_suffix(".tmp")))
+
+    def finish(self, steps: int, model, tokenizer) -> dict[str, float]:
+        """Writes the final model to `out`, config.json last, and returns the final metrics."""
+        beside = self.out / "checkpoints" / "final.tmp"
+        model.to(getattr(torch, self.args.save_dtype)).save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
+            path.replace(self.out / path.name)
+        beside.rmdir()
+        write_beside(self.out / "args.json", json.dumps(self.record | {"finished": steps}, indent=2))
+        self.prune()
+        if self.wandb:
+            self.wandb.finish()
+        print(f"wrote {self.out}")
+        return self.summary()
+
+    def summary(self) -> dict[str, float]:
+        """The last row of metrics.jsonl, and the first evaluation as before/..."""
+        rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        before = {name: value for name, value in rows[0].items() if name.startswith("eval/")}
+        return {name.replace("eval/", "before/"): value for name, value in before.items()} | rows[-1]
+
+
+def write_beside(path: Path, text: str):
+    """Writes a file so that a kill leaves the old one or the new one, never a part."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
