@@ -5,20 +5,22 @@
 """DPO: direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290, eq. 7).
 
 Maximise E[reward] - beta * KL(policy || reference) without a reward model and without sampling: the policy that is
-optimal for a reward r has r(x, y) = beta * log(pi / pi_ref) + a constant of x, so the likelihood of the preferences is
-one of the policy itself. The loss that is minimised:
+optimal for a reward r has r(x, y) = beta * log(pi / pi_ref) + a constant of x, so the Bradley-Terry likelihood can be
+written with the policy alone. The loss that is minimised:
 
     loss     = -1/batch_size * sum_n [ (1 - label_smoothing) * log sigmoid(z) + label_smoothing * log sigmoid(-z) ]
     z        = chosen_rewards - rejected_rewards
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)                the implicit reward; rejected_rewards alike
     logps    = sum_t mask[n, t] * logprobs[n, t]                             summed over the completion, not averaged
 
-Before the first step: the reference scores all pairs and is freed, so that only one model is in memory.
+Before the first step: the reference (the model as it was loaded, or `reference`) scores all pairs and is freed, so that
+only one model is in memory.
 Each step:  (1) batch: the next `batch_size` pairs of an endless stream of shuffled epochs
             (2) loss and gradient over token-budget micro-batches of whole pairs    (3) update
 
-Signal: one comparison per pair. The weight of a pair in the gradient is beta * sigmoid(-z): pairs that are right count
-    little. `label_smoothing` is the share of labels taken to be wrong (conservative DPO, Mitchell 2023).
+Signal: one comparison per pair. The weight of a pair in the gradient is beta * (sigmoid(-z) - label_smoothing): pairs
+    that are right count little. `label_smoothing`: the share of labels taken to be wrong (conservative DPO, Mitchell
+    2023).
 KL: nowhere in the loss; beta stands for it. At the optimum a larger beta stays closer to the reference, but it scales
     the gradient too, so after few small steps it may be further away.
 Mask and normaliser: EOS is part of the completion; the mean is over the pairs of the whole step.
@@ -29,10 +31,10 @@ Data: rows of prompt + chosen + rejected, text or messages; or of chosen + rejec
 
 Run:  python sft.py && python dpo.py                                             a laptop CPU, under three minutes
       python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset Anthropic/hh-rlhf ...               one GPU, see README
-      python dpo.py --score-only --model runs/dpo --reference runs/sft    the pair as a reward model: implicit rewards
+      python dpo.py --score-only --model runs/dpo --reference runs/sft    policy and reference as a reward model
 
 Metrics (metrics.jsonl), and what healthy looks like:
-  loss                    ln 2 = 0.69 at the start; falls
+  loss                    ln 2 = 0.69 at the start, unless `reference` is another model; falls
   pair_accuracy, margin   of the step: share of pairs with z > 0 (0.5 if equal); mean z
   chosen_reward, rejected_reward    implicit; the first should not fall far below 0
   chosen_logps, rejected_logps      nats per completion; both fall together: lower --lr, or a larger --beta
@@ -100,8 +102,8 @@ class Args:
     """Folder for the final model, logs and checkpoints."""
 
     # algorithm
-    beta: float = 0.1
-    """Scale of the implicit reward, and strength of the pull towards the reference."""  # paper: 0.1; usual 0.05 to 0.5
+    beta: float | None = None
+    """Scale of the implicit reward; default: one that suits the size of the model, printed and logged."""  # paper: 0.1
     label_smoothing: float = 0.0
     """Share of the labels that are taken to be wrong, from 0 to below 0.5."""
     score_only: bool = False
@@ -194,7 +196,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------- data
 
 # Pairs of the built-in task: a minute on two cores.
-ARITHMETIC_ROWS = {"train": 6_000, "test": 2_000}
+ARITHMETIC_ROWS = {"train": 7_000, "test": 2_000}
 
 
 def solve(numbers: list[int], slip: float, habit: float, rng: random.Random) -> str:
@@ -317,53 +319,60 @@ def encode_pair(tokenizer, row: dict, system_prompt: str | None, eos_ids: list[i
 
 
 def split_pair(row: dict, chat: bool) -> dict | None:
-    """The row with `prompt` and the texts `chosen` and `rejected`; None if the sides part before the last turn.
+    """The row with `prompt` and the texts `chosen` and `rejected`; None if the sides differ in more than the last turn.
 
     Without a prompt, or as lists of messages, the sides are whole conversations, and what precedes their last turn is
     the prompt: messages, or text in the layout of HH-RLHF, which becomes messages if `chat` (there is a template).
     """
     prompt, chosen, rejected = row.get("prompt", row.get("question")), row["chosen"], row["rejected"]
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        prompt = chosen[:-1] or prompt
+    mark = "\n\nAssistant:"
+    if type(chosen) is not type(rejected):
+        raise ValueError("`chosen` and `rejected` must both be text or both be messages")
+    if isinstance(chosen, list):
         if chosen[:-1] != rejected[:-1]:
             return None
+        told = [message["content"] for message in chosen[:-1]]
+        if told and prompt and not {message["content"] for message in as_messages(prompt, None)} <= set(told):
+            raise ValueError("`prompt` holds turns that `chosen` does not repeat")
+        prompt = chosen[:-1] or prompt
         if not prompt or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
             raise ValueError("`chosen` and `rejected` must close with an assistant turn, after a prompt")
         chosen, rejected = chosen[-1]["content"], rejected[-1]["content"]
     elif not prompt:
-        mark = "\n\nAssistant:"
         end = chosen.rfind(mark) + len(mark)
         if end < len(mark):
             raise ValueError("without a column `prompt` it needs turns marked `\\n\\nHuman:` and `\\n\\nAssistant:`")
-        if rejected[:end] != chosen[:end] or mark in rejected[end:]:
+        prompt, chosen, other, rejected = chosen[:end], chosen[end:], rejected[:end], rejected[end:]
+        if prompt != other or any(turn in chosen + rejected for turn in (mark, "\n\nHuman:")):
             return None
-        prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
-        if chat:
-            turns = re.split(r"\n\n(Human|Assistant):", prompt.removesuffix(mark))[1:]  # speaker, text, speaker, ...
-            roles = {"Human": "user", "Assistant": "assistant"}
-            prompt = [{"role": roles[who], "content": text.strip()} for who, text in zip(turns[::2], turns[1::2])]
-            chosen, rejected = chosen.strip(), rejected.strip()
+    if chat and isinstance(prompt, str) and prompt.rstrip().endswith(mark):
+        head, *turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + prompt.strip().removesuffix(mark))
+        names = [None, *turns[::2]]  # who speaks; nobody in front of the first mark
+        roles = {None: "system", "Human": "user", "Assistant": "assistant"}
+        turns = [(roles[name], text.strip()) for name, text in zip(names, [head, *turns[1::2]])]
+        prompt = [{"role": role, "content": text} for role, text in turns if role != "system" or text]
+        chosen, rejected = chosen.strip(), rejected.strip()
     return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def select_pairs(rows: list[dict], chat: bool, flag: str) -> list[dict]:
     """The rows as `split_pair` makes them, without those that hold no preference; says what was dropped, and why."""
     kept, seen = [], set()
-    dropped = dict.fromkeys(("equal sides", "sides that part before the last turn", "an empty side"), 0)
+    dropped = dict.fromkeys(("equal sides", "sides that differ in more than the last turn", "an empty side"), 0)
     repeated = contradicted = 0
     for i, row in enumerate(rows):
         try:
             pair = split_pair(row, chat)
             equal = pair and pair["chosen"] == pair["rejected"]
             empty = pair and not (pair["chosen"].strip() and pair["rejected"].strip())
-        except (ValueError, TypeError, KeyError, AttributeError) as error:  # what a malformed row makes it raise
+        except (ValueError, TypeError, LookupError, AttributeError) as error:  # what a malformed row makes it raise
             raise SystemExit(f"{flag}: row {i} is no pair: {error!r}; the row is {row}") from error
         for reason, found in zip(dropped, (equal, pair is None, empty and not equal)):
             dropped[reason] += bool(found)
         if pair is None or equal or empty:
             continue
         sides = pair["chosen"], pair["rejected"]
-        key, turned = (json.dumps([pair["prompt"], *order]) for order in (sides, sides[::-1]))
+        key, turned = (hash(json.dumps([pair["prompt"], *order])) for order in (sides, sides[::-1]))
         repeated, contradicted = repeated + (key in seen), contradicted + (turned in seen)
         seen.add(key)
         kept.append(pair)
@@ -388,13 +397,16 @@ def audit(pairs: list[tuple], flag: str):
 # ------------------------------------------------------------------------------------------ model and log-probabilities
 
 
-def token_logprobs(model, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    model, ids: Tensor, mask: Tensor, temperature: float = 1.0, with_entropy: bool = True
+) -> tuple[Tensor, Tensor]:
     """log pi(ids[n, t] | ids[n, :t]) and the entropy (nats) of that distribution where mask is 1, else 0.
 
     ids, mask: (N, L), right-padded; results: (N, L) float32, differentiable. The logits are divided by `temperature`.
     No attention mask: under a causal model, right padding is never seen. Only positions with mask 1 go through the
     output head, a chunk at a time and recomputed in the backward pass, so at most one (chunk, V) block of logits lives.
-    Raises ValueError if an action stands at index 0, where nothing precedes it.
+    Without `with_entropy` the entropy is 0, which saves time under a large vocabulary. Raises ValueError if an action
+    stands at index 0, where nothing precedes it.
     """
     if ids.shape != mask.shape or mask[:, 0].any():
         raise ValueError(f"ids {ids.shape} and mask {mask.shape} must agree, and no action may be the first token")
@@ -404,7 +416,7 @@ def token_logprobs(model, ids: Tensor, mask: Tensor, temperature: float = 1.0) -
     head = model.get_output_embeddings()
     chunk = max(1, 2**24 // head.weight.shape[0])  # 64 MiB of float32 logits
     results = [
-        checkpoint(head_logprobs, head, h, y, temperature, use_reentrant=False)
+        checkpoint(head_logprobs, head, h, y, temperature, with_entropy, use_reentrant=False)
         for h, y in zip(hidden.split(chunk), targets.split(chunk))
     ]
     logprobs, entropy = torch.cat(results, 1)  # (num_actions,) each
@@ -412,14 +424,15 @@ def token_logprobs(model, ids: Tensor, mask: Tensor, temperature: float = 1.0) -
     return zeros.index_put((n, t), logprobs), zeros.index_put((n, t), entropy)
 
 
-def head_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def head_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool) -> Tensor:
     """Log-probability of `targets` (M,) and entropy from `hidden` (M, D), in float32: (2, M).
 
     In one tensor, because a backward pass that reached only one of them would keep what it recomputed for the other.
     """
     logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (M, V)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return torch.stack([logprobs.gather(1, targets[:, None])[:, 0], entropy])
+    chosen = logprobs.gather(1, targets[:, None])[:, 0]
+    entropy = -(logprobs.exp() * logprobs).sum(-1) if with_entropy else torch.zeros_like(chosen)
+    return torch.stack([chosen, entropy])
 
 
 @torch.no_grad()
@@ -428,7 +441,7 @@ def sequence_logps(model, rows: list[tuple], max_tokens: int) -> Tensor:
     logps, done, clock = torch.zeros(len(rows)), 0, time.perf_counter()
     for indices, ids, mask in micro_batches(rows, max_tokens, model.device):
         with autocast(model.device):
-            logps[indices] = token_logprobs(model, ids, mask)[0].sum(1).cpu()
+            logps[indices] = token_logprobs(model, ids, mask, with_entropy=False)[0].sum(1).cpu()
         done += len(indices)
         if time.perf_counter() - clock > 10:
             clock = time.perf_counter()
@@ -441,12 +454,18 @@ def pair_logps(model, pairs: list[tuple], max_tokens: int) -> Tensor:
     return sequence_logps(model, [side for pair in pairs for side in pair], max_tokens).view(-1, 2)
 
 
+def resolve_beta(args: Args, model) -> float:
+    """`beta`, or what suits the size of the model: the tiny one, nearly certain of each token, needs a larger one."""
+    return args.beta or (0.5 if model.num_parameters() < 10_000_000 else 0.1)
+
+
 def load_reference(args: Args, tokenizer, device: torch.device):
     """The frozen model that the implicit reward is relative to. Ends the run if it reads other ids than the policy."""
     name = args.reference or args.model
     if args.reference:
         other = from_hub(transformers.AutoTokenizer, name, "--reference")
         require(other.get_vocab() == tokenizer.get_vocab(), f"--reference {name} has another tokenizer than --model")
+        require_window(load_config(name, "--reference"), f"--reference {name}", args.max_length)
     return load_model(name, device, flag="--reference" if args.reference else "--model").requires_grad_(False)
 
 
@@ -456,6 +475,7 @@ def score_completions(args: Args) -> dict[str, float]:
     Rows are pairs, or prompt + completion. Only completions of one prompt compare: beta * log Z(prompt) is unknown.
     """
     path, device = Path(args.out) / "implicit_rewards.jsonl", pick_device()
+    require(not path.parent.is_file(), f"--out {args.out} is a file: name a folder")
     require(args.overwrite or not path.exists(), f"--out: {path} exists: replace it with --overwrite")
     rows = read_dataset(args.dataset, "test", "--dataset", ["chosen+rejected", "prompt+completion"])
     tokenizer, eos_ids = load_tokenizer(args.model, args.max_length)
@@ -467,11 +487,12 @@ def score_completions(args: Args) -> dict[str, float]:
     rows, items = encode_rows(encode, rows, args.max_length, "--max-length")
     sides = [side for item in items for side in (item if len(names) == 2 else [item])]
     reference = sequence_logps(load_reference(args, tokenizer, device), sides, args.micro_batch_tokens)
-    logps = sequence_logps(load_model(args.model, device), sides, args.micro_batch_tokens)
-    rewards = (args.beta * (logps - reference)).view(-1, len(names))
+    policy = load_model(args.model, device)
+    logps = sequence_logps(policy, sides, args.micro_batch_tokens)
+    rewards = (resolve_beta(args, policy) * (logps - reference)).view(-1, len(names))
     scores = [{f"{name}_reward": value for name, value in zip(names, values)} for values in rewards.tolist()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_beside(path, "".join(json.dumps({**row, **score}) + "\n" for row, score in zip(rows, scores)))
+    write_beside(path, "".join(json.dumps({**row, **score}, default=str) + "\n" for row, score in zip(rows, scores)))
     metrics = {f"{name}_reward": value for name, value in zip(names, rewards.mean(0).tolist())}
     if len(names) == 2:
         gap = rewards[:, 0] - rewards[:, 1]
@@ -600,10 +621,10 @@ def evaluate(policy, tokenizer, rows, prompts, reward_of, args, eos_ids) -> dict
     return metrics
 
 
-def evaluate_dpo(model, tokenizer, rows, pairs, references, args, eos_ids) -> dict[str, float]:
+def evaluate_dpo(model, tokenizer, rows, pairs, references, beta, args, eos_ids) -> dict[str, float]:
     """The metrics of a step on held-out pairs and, where all rows have an `answer`, accuracy. references: (N, 2)."""
     logps = pair_logps(model, pairs, args.micro_batch_tokens)
-    losses, chosen, rejected = dpo_loss(*logps.unbind(1), *references.unbind(1), args.beta)
+    losses, chosen, rejected = dpo_loss(*logps.unbind(1), *references.unbind(1), beta)
     means = Means()
     means.add(loss=losses, **preference_metrics(logps.T, chosen, rejected))
     metrics = {f"eval/{name}": value for name, value in means.result().items()}
@@ -662,14 +683,17 @@ def main(args: Args) -> dict[str, float]:
         references = pair_logps(reference, train_pairs + eval_pairs, args.micro_batch_tokens)  # (N, 2)
         del reference
     model = load_model(run.checkpoint or args.model, device, args.gradient_checkpointing)
-    peak_lr = args.lr or (1e-4 if model.num_parameters() < 10_000_000 else 1e-6)
+    peak_lr, beta = args.lr or (5e-5 if model.num_parameters() < 10_000_000 else 1e-6), resolve_beta(args, model)
     optimizer = torch.optim.AdamW(model.parameters(), peak_lr, betas=(0.9, args.adam_beta2), weight_decay=0.0)
-    print(f"{model.num_parameters():,} parameters on {device}, {len(train_pairs):,} pairs, peak lr {peak_lr:g}")
-    run.start({"optimizer": optimizer}, peak_lr=peak_lr, steps=steps)
+    print(f"{model.num_parameters():,} parameters on {device}, {len(train_pairs):,} pairs", end=", ")
+    print(f"beta {beta:g}, peak lr {peak_lr:g}")
+    run.start({"optimizer": optimizer}, peak_lr=peak_lr, beta=beta, steps=steps)
     if run.checkpoint:
         references = run.state["references"]
+        same = len(references) == len(train_pairs) + len(eval_pairs)
+        require(same, "--resume: --dataset or --eval-dataset no longer holds the pairs that the run began with")
     eval_references = references[len(train_pairs) :]
-    evaluation = (model, tokenizer, eval_rows, eval_pairs, eval_references, args, eos_ids)
+    evaluation = (model, tokenizer, eval_rows, eval_pairs, eval_references, beta, args, eos_ids)
     if run.step == 0:
         run.log(0, steps, evaluate_dpo(*evaluation))
 
@@ -682,9 +706,10 @@ def main(args: Args) -> dict[str, float]:
         # (2) loss: both sides of a pair in one micro-batch, since its loss is one of their difference
         for indices, ids, mask in pair_batches(batch, args.micro_batch_tokens, device):
             with autocast(device):
-                logps = token_logprobs(model, ids, mask)[0].sum(1).view(2, -1)  # (2, n); 0 where mask is 0
+                logprobs, _ = token_logprobs(model, ids, mask, with_entropy=False)  # (2n, L); 0 where mask is 0
+            logps = logprobs.sum(1).view(2, -1)  # (2, n)
             ref = references[[rows[i] for i in indices]].T.to(device)  # (2, n)
-            losses, chosen, rejected = dpo_loss(*logps, *ref, args.beta, args.label_smoothing)  # (n,) each
+            losses, chosen, rejected = dpo_loss(*logps, *ref, beta, args.label_smoothing)  # (n,) each
             run.backward(losses.sum() / args.batch_size)
             means.add(**preference_metrics(logps, chosen, rejected))
             if not run.checked:
@@ -725,7 +750,7 @@ def check_numbers(args: "Args"):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             count = field.type in (int, int | None) and field.name not in ("seed", "warmup_steps")
             require(math.isfinite(value) and value >= count, f"{flag} {value}: must be at least {int(count)}")
-    for name in ("lr", "temperature", "clip_eps", "max_grad_norm", "target_kl", "kl_stop"):
+    for name in ("lr", "value_lr", "beta", "temperature", "clip_eps", "max_grad_norm", "target_kl", "kl_stop"):
         require(getattr(args, name, None) != 0, f"--{name.replace('_', '-')} must be above 0")
     require(args.adam_beta2 < 1, f"--adam-beta2 {args.adam_beta2}: must be below 1")
 
@@ -829,6 +854,12 @@ def from_hub(loader, name: str, flag: str, new: tuple[str, ...] = (), **options)
     return loaded
 
 
+def require_window(config, what: str, num_tokens: int):
+    """Ends the run if `num_tokens` do not fit the model's window."""
+    window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
+    require(num_tokens <= window, f"{what} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
+
+
 def load_tokenizer(name: str, num_tokens: int):
     """The tokenizer and the ids that end a completion: its EOS, the generation config's, the template's end of turn.
 
@@ -837,8 +868,7 @@ def load_tokenizer(name: str, num_tokens: int):
     tokenizer = from_hub(transformers.AutoTokenizer, name, "--model")
     config = from_hub(transformers.AutoConfig, name, "--model")
     require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no eos_token, so nothing could end")
-    window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
-    require(num_tokens <= window, f"--model {name} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
+    require_window(config, f"--model {name}", num_tokens)
     try:
         offline = Path(name).is_dir() or hub_is_out_of_reach()
         stops = transformers.GenerationConfig.from_pretrained(name, local_files_only=offline).eos_token_id

@@ -113,7 +113,7 @@ class Args:
     temperature: float = 1.0
     """Divides the logits when sampling and in every log-probability."""  # paper: 1.0
     num_epochs: int = 1
-    """Updates on each rollout."""  # paper: 1
+    """Passes over each rollout."""  # paper: 1
     clip_eps: float = 0.2
     """Half-width of the band in which the probability ratio is not clipped."""
     kl_coef: float = 0.04
@@ -201,10 +201,10 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k3 = exp(d) - d - 1 with d = ref_logprobs - logprobs, any shape, never negative (Schulman 2020; eq. 4).
+    """k3 = exp(d) - d - 1 with d = ref_logprobs - logprobs, any shape, never negative.
 
     Over samples of the policy its mean is KL(policy || reference) in nats; its gradient is that of KL(reference ||
-    policy).
+    policy). Schulman 2020; Shao et al. 2024, eq. 4.
     """
     log_ratio = ref_logprobs - logprobs
     return log_ratio.exp() - log_ratio - 1
@@ -368,14 +368,22 @@ class RewardModel:
         return scores.tolist()
 
 
+def names_a_model(spec: str) -> bool:
+    """Whether a word of `--reward` is a reward model's folder or Hub id."""
+    path = spec.partition(":")[0]
+    return spec not in ("exact", "format") and not path.endswith(".py") and (Path(spec).is_dir() or "/" in spec)
+
+
 def load_reward(spec: str, args: "Args", device: torch.device) -> Callable[[list, list[str], list[dict]], list[float]]:
     """The reward function that one word of `--reward` names."""
     path, _, name = spec.rpartition(":")
     if spec in ("exact", "format"):
         return {"exact": exact_reward, "format": format_reward}[spec]
     if not path.endswith(".py"):
-        known = Path(spec).is_dir() or ("/" in spec and not spec.endswith(".py"))
-        require(known, f"--reward {spec} is neither exact, format, a model's folder or Hub id, nor file.py:function")
+        require(
+            names_a_model(spec),
+            f"--reward {spec} is neither exact, format, a model's folder or Hub id, nor file.py:function",
+        )
         return RewardModel(spec, args.system_prompt, device, args.micro_batch_tokens)
     require(Path(path).is_file(), f"--reward {spec}: there is no file {path}")
     try:
@@ -509,13 +517,16 @@ def load_sft_data(args: "Args", tokenizer, eos_ids: list[int]) -> list[tuple[lis
 # ------------------------------------------------------------------------------------------ model and log-probabilities
 
 
-def token_logprobs(model, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    model, ids: Tensor, mask: Tensor, temperature: float = 1.0, with_entropy: bool = True
+) -> tuple[Tensor, Tensor]:
     """log pi(ids[n, t] | ids[n, :t]) and the entropy (nats) of that distribution where mask is 1, else 0.
 
     ids, mask: (N, L), right-padded; results: (N, L) float32, differentiable. The logits are divided by `temperature`.
     No attention mask: under a causal model, right padding is never seen. Only positions with mask 1 go through the
     output head, a chunk at a time and recomputed in the backward pass, so at most one (chunk, V) block of logits lives.
-    Raises ValueError if an action stands at index 0, where nothing precedes it.
+    Without `with_entropy` the entropy is 0, which saves time under a large vocabulary. Raises ValueError if an action
+    stands at index 0, where nothing precedes it.
     """
     if ids.shape != mask.shape or mask[:, 0].any():
         raise ValueError(f"ids {ids.shape} and mask {mask.shape} must agree, and no action may be the first token")
@@ -525,7 +536,7 @@ def token_logprobs(model, ids: Tensor, mask: Tensor, temperature: float = 1.0) -
     head = model.get_output_embeddings()
     chunk = max(1, 2**24 // head.weight.shape[0])  # 64 MiB of float32 logits
     results = [
-        checkpoint(head_logprobs, head, h, y, temperature, use_reentrant=False)
+        checkpoint(head_logprobs, head, h, y, temperature, with_entropy, use_reentrant=False)
         for h, y in zip(hidden.split(chunk), targets.split(chunk))
     ]
     logprobs, entropy = torch.cat(results, 1)  # (num_actions,) each
@@ -533,14 +544,15 @@ def token_logprobs(model, ids: Tensor, mask: Tensor, temperature: float = 1.0) -
     return zeros.index_put((n, t), logprobs), zeros.index_put((n, t), entropy)
 
 
-def head_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def head_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool) -> Tensor:
     """Log-probability of `targets` (M,) and entropy from `hidden` (M, D), in float32: (2, M).
 
     In one tensor, because a backward pass that reached only one of them would keep what it recomputed for the other.
     """
     logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (M, V)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return torch.stack([logprobs.gather(1, targets[:, None])[:, 0], entropy])
+    chosen = logprobs.gather(1, targets[:, None])[:, 0]
+    entropy = -(logprobs.exp() * logprobs).sum(-1) if with_entropy else torch.zeros_like(chosen)
+    return torch.stack([chosen, entropy])
 
 
 # ------------------------------------------------------------------------------------------------------------- rollout
@@ -706,7 +718,8 @@ def main(args: Args) -> dict[str, float]:
         old_logprobs, ref_logprobs = [], [None] * len(batches)  # (n, L) for each micro-batch
         if reference is not None:
             with torch.no_grad(), autocast(device):
-                ref_logprobs = [token_logprobs(reference, ids, x, args.temperature)[0] for _, ids, x, _ in batches]
+                reference_of = functools.partial(token_logprobs, reference, with_entropy=False)
+                ref_logprobs = [reference_of(ids, x, args.temperature)[0] for _, ids, x, _ in batches]
         sft_batches = []
         if args.sft_coef:
             drawn = [sft_data[i] for i in shuffled_indices(len(sft_data), args.seed, "sft", step, B)]
@@ -739,7 +752,7 @@ def main(args: Args) -> dict[str, float]:
                 break
             for _, ids, mask in sft_batches:
                 with autocast(device):
-                    logprobs, _ = token_logprobs(policy, ids, mask)
+                    logprobs, _ = token_logprobs(policy, ids, mask, with_entropy=False)
                 run.backward(args.sft_coef * sft_loss(logprobs, mask, sft_tokens))
                 step_means.add(mask, sft_loss=-logprobs)
 
@@ -790,7 +803,7 @@ def check_numbers(args: "Args"):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             count = field.type in (int, int | None) and field.name not in ("seed", "warmup_steps")
             require(math.isfinite(value) and value >= count, f"{flag} {value}: must be at least {int(count)}")
-    for name in ("lr", "temperature", "clip_eps", "max_grad_norm", "target_kl", "kl_stop"):
+    for name in ("lr", "value_lr", "beta", "temperature", "clip_eps", "max_grad_norm", "target_kl", "kl_stop"):
         require(getattr(args, name, None) != 0, f"--{name.replace('_', '-')} must be above 0")
     require(args.adam_beta2 < 1, f"--adam-beta2 {args.adam_beta2}: must be below 1")
 
@@ -878,6 +891,12 @@ def from_hub(loader, name: str, flag: str, new: tuple[str, ...] = (), **options)
     return loaded
 
 
+def require_window(config, what: str, num_tokens: int):
+    """Ends the run if `num_tokens` do not fit the model's window."""
+    window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
+    require(num_tokens <= window, f"{what} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
+
+
 def load_tokenizer(name: str, num_tokens: int):
     """The tokenizer and the ids that end a completion: its EOS, the generation config's, the template's end of turn.
 
@@ -886,8 +905,7 @@ def load_tokenizer(name: str, num_tokens: int):
     tokenizer = from_hub(transformers.AutoTokenizer, name, "--model")
     config = from_hub(transformers.AutoConfig, name, "--model")
     require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no eos_token, so nothing could end")
-    window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
-    require(num_tokens <= window, f"--model {name} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
+    require_window(config, f"--model {name}", num_tokens)
     try:
         offline = Path(name).is_dir() or hub_is_out_of_reach()
         stops = transformers.GenerationConfig.from_pretrained(name, local_files_only=offline).eos_token_id

@@ -9,40 +9,44 @@ Maximise E[score] - kl_coef * KL(policy || reference). The baseline is a value m
 
     loss     = policy_loss + vf_coef * value_loss - entropy_coef * entropy + sft_coef * sft_loss
     policy_loss = 1/num_tokens * sum_n sum_t max(-A * ratio, -A * clip(ratio, 1 - clip_eps, 1 + clip_eps))
-    value_loss  = 1/num_tokens * sum_n sum_t 1/2 * max((V - R)^2, (V_clip - R)^2)    V_clip: V_old +- value_clip_eps
-    ratio    = exp(logprobs - old_logprobs)
-    rewards[n, t] = -kl_coef * (old_logprobs - ref_logprobs) + score at the last action
-    A_t      = delta_t + gamma * lam * A_{t+1},   delta_t = rewards_t + gamma * V_{t+1} - V_t,   V after the last = 0
-    R        = A + V; then A is whitened over the action tokens of the step: mean 0, biased variance 1
+    value_loss  = 1/num_tokens * sum_n sum_t 1/2 * max((values - returns)^2, (clipped - returns)^2)
+                                                                clipped: values within value_clip_eps of old_values
+    ratio    = exp(logprobs - old_logprobs)                     old: of the policy and value model before the updates
+    rewards_t = -kl_coef * (old_logprobs - ref_logprobs)_t, plus the score at the last action
+    A_t      = delta_t + gamma * lam * A_{t+1}        delta_t = rewards_t + gamma * old_values_{t+1} - old_values_t
+    returns  = A + old_values; then A is whitened over the action tokens of the step: mean 0, biased variance 1
 
 Each step:  (1) rollout: `prompts_per_step` prompts, `group_size` samples each, by temperature only    (2) scores
             (3) log-probabilities of policy and reference, values        (4) rewards and advantages, token by token
             (5) `num_epochs` times `num_minibatches` minibatches: loss and gradient        (6) update
 
 Signal: one score per completion, at its last action (EOS); the value model spreads it over the tokens.
-KL: k1 per token in the reward, from the policy that sampled, not differentiated: through the advantages it has the true
-    gradient of KL(policy || reference), which k1 inside the loss has not. The reference is the policy as it was loaded.
-Mask and normaliser: EOS is an action; all action tokens of a minibatch weigh alike. V(ids[:t]) never sees token t.
-Truncation: a completion cut at `max_new_tokens` has `missing_eos_penalty` taken off its score, and V after it is 0.
-Four models: policy, reference, reward model, value model (its own network and optimizer; it starts from the reward
-    model, or from the policy with a head of zeros). Unlike Ouyang et al.: minibatches, no moving average of the value.
+KL: k1 per token in the reward, of the policy that sampled, not differentiated: through the advantages its expected
+    gradient is that of KL(policy || reference); k1 differentiated in the loss would have expected gradient 0.
+Mask and normaliser: EOS is an action; all action tokens of a minibatch weigh alike. A value never sees the token that
+    it is the baseline of. Values after the last action are 0.
+Truncation: a completion cut at `max_new_tokens` has `missing_eos_penalty` taken off its score.
+Four models: policy, reference (the policy as it was loaded), reward model or verifier, value model (a network and an
+    optimizer of its own; it starts from the reward model, or from the policy with a head of zeros). Unlike Ouyang et
+    al.: several epochs, no moving average of the weights, a learning rate that decays.
 
-Run:  python sft.py && python rm.py && python ppo.py        a laptop CPU, under nine minutes; --reward exact: no rm.py
+Run:  python sft.py && python rm.py && python ppo.py        a laptop CPU, nine minutes in all; --reward exact: no rm.py
 Metrics (metrics.jsonl), and what healthy looks like:
   reward, reward_std, reward/NAME    the score after `missing_eos_penalty`, and by name; std -> 0 is collapse
   accuracy                where rows have an `answer`: if reward rises and this does not, the reward is being gamed
   kl_ref_k1, kl_ref_k3    KL to the reference per token; kl_ref_seq: per completion; a warning above 15
-  loss, policy_loss, value_loss, sft_loss    means over the updates of the step; the second is near 0 by construction
-  clip_frac, approx_kl_old    over all updates of the step; clip_frac above 0.3 is a warning
+  loss, policy_loss, value_loss, sft_loss    means over the updates of the step; policy_loss is near 0 by construction
+  clip_frac, approx_kl_old    before each update, the first of which has 0; clip_frac above 0.3 is a warning
   entropy                 of the distribution at `temperature`; a warning below a tenth of the first step's
-  explained_variance, value_mean, return_mean    of the returns by the values before the update: 1 is perfect, < 0 bad
+  explained_variance, value_mean, return_mean    of the returns by old_values: 1 is perfect, 0 a constant, < 0 harmful
   grad_norm, value_grad_norm, lr, value_lr, num_updates    norms before clipping, means over the updates
   completion_length, truncated_frac  tokens, EOS included; share cut at `max_new_tokens`
   sampling_gap_max, sampling_gap_mean    |sampling - training log-probability|: below 1e-3 in float32
   eval/accuracy_sampled, eval/accuracy_greedy, eval/answered_*, eval/reward_*    held-out prompts; before/... at step 0
   skipped_updates         updates left out so far because they were not finite
-Dimensions: B prompts, G samples per prompt, N = B*G sequences, L tokens (prompt + completion), V vocabulary, D hidden.
-Index t of every (N, L) tensor speaks of the decision to emit token t (read from the hidden state at t-1)."""
+B prompts, G samples per prompt, N = B*G sequences, L tokens (prompt + completion), V vocabulary, D hidden. Index t of
+every (N, L) tensor speaks of the decision to emit token t (read from the hidden state at t-1).
+"""
 
 import dataclasses
 import functools
@@ -106,20 +110,20 @@ class Args:
     # algorithm
     steps: int | None = None
     """Optimizer steps (rollouts, in an online script); default: the built-in run, or all epochs."""
-    prompts_per_step: int = 128
+    prompts_per_step: int = 256
     """Prompts per rollout."""  # paper: 512
     group_size: int = 1
     """Completions sampled per prompt."""  # paper: 1
     temperature: float = 1.0
     """Divides the logits when sampling and in every log-probability."""  # paper: 1.0
     num_epochs: int = 4
-    """Updates on each rollout."""  # paper: 1
-    num_minibatches: int = 4
+    """Passes over each rollout."""  # paper: 1
+    num_minibatches: int = 1
     """Parts into which each epoch splits the rollout, an update for each."""  # paper: 8
     clip_eps: float = 0.2
     """Half-width of the band in which the probability ratio is not clipped."""  # paper: 0.2
-    value_clip_eps: float = 0.2
-    """Half-width of the band around the old value in which the value is not clipped; 0 turns this off."""  # paper: 0.2
+    value_clip_eps: float = 0.0
+    """Half-width of the band that the value may cross in a step, in units of the reward; 0: none."""  # paper: 0.2
     gamma: float = 1.0
     """Discount per token."""  # paper: 1.0
     lam: float = 0.95
@@ -148,7 +152,7 @@ class Args:
     """The value model's peak learning rate; default: as for `lr`."""  # paper: 9e-6
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay of the learning rate after the warm-up, to 0 just after the last step."""
-    warmup_steps: int = 15
+    warmup_steps: int = 5
     """Steps over which the learning rate rises from 0."""
     adam_beta2: float = 0.99
     """Adam's decay rate of the squared gradient."""
@@ -170,7 +174,7 @@ class Args:
     """Evaluation rows."""
     sample_every: int = 10
     """Steps between samples written to samples.jsonl."""
-    save_every: int = 50
+    save_every: int = 10
     """Steps between checkpoints."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the final model's weights."""
@@ -283,16 +287,20 @@ def value_loss(
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over all actions; NaN where the returns do not vary. All (N, L)."""
+    """1 - Var(returns - values) / Var(returns) over all actions; NaN where the returns do not vary. All (N, L).
+
+    With lam below 1 the returns hold part of the values themselves, which flatters them.
+    """
     values, returns = values[mask > 0], returns[mask > 0]
-    return float(1 - (returns - values).var(correction=0) / returns.var(correction=0))
+    variance = returns.var(correction=0)
+    return float(1 - (returns - values).var(correction=0) / variance) if variance > 0 else math.nan
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k3 = exp(d) - d - 1 with d = ref_logprobs - logprobs, any shape, never negative (Schulman 2020; eq. 4).
+    """k3 = exp(d) - d - 1 with d = ref_logprobs - logprobs, any shape, never negative.
 
     Over samples of the policy its mean is KL(policy || reference) in nats; its gradient is that of KL(reference ||
-    policy).
+    policy). Schulman 2020; Shao et al. 2024, eq. 4.
     """
     log_ratio = ref_logprobs - logprobs
     return log_ratio.exp() - log_ratio - 1
@@ -427,14 +435,22 @@ class RewardModel:
         return scores.tolist()
 
 
+def names_a_model(spec: str) -> bool:
+    """Whether a word of `--reward` is a reward model's folder or Hub id."""
+    path = spec.partition(":")[0]
+    return spec not in ("exact", "format") and not path.endswith(".py") and (Path(spec).is_dir() or "/" in spec)
+
+
 def load_reward(spec: str, args: "Args", device: torch.device) -> Callable[[list, list[str], list[dict]], list[float]]:
     """The reward function that one word of `--reward` names."""
     path, _, name = spec.rpartition(":")
     if spec in ("exact", "format"):
         return {"exact": exact_reward, "format": format_reward}[spec]
     if not path.endswith(".py"):
-        known = Path(spec).is_dir() or ("/" in spec and not spec.endswith(".py"))
-        require(known, f"--reward {spec} is neither exact, format, a model's folder or Hub id, nor file.py:function")
+        require(
+            names_a_model(spec),
+            f"--reward {spec} is neither exact, format, a model's folder or Hub id, nor file.py:function",
+        )
         return RewardModel(spec, args.system_prompt, device, args.micro_batch_tokens)
     require(Path(path).is_file(), f"--reward {spec}: there is no file {path}")
     try:
@@ -568,13 +584,16 @@ def load_sft_data(args: "Args", tokenizer, eos_ids: list[int]) -> list[tuple[lis
 # ------------------------------------------------------------------------------------------ model and log-probabilities
 
 
-def token_logprobs(model, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    model, ids: Tensor, mask: Tensor, temperature: float = 1.0, with_entropy: bool = True
+) -> tuple[Tensor, Tensor]:
     """log pi(ids[n, t] | ids[n, :t]) and the entropy (nats) of that distribution where mask is 1, else 0.
 
     ids, mask: (N, L), right-padded; results: (N, L) float32, differentiable. The logits are divided by `temperature`.
     No attention mask: under a causal model, right padding is never seen. Only positions with mask 1 go through the
     output head, a chunk at a time and recomputed in the backward pass, so at most one (chunk, V) block of logits lives.
-    Raises ValueError if an action stands at index 0, where nothing precedes it.
+    Without `with_entropy` the entropy is 0, which saves time under a large vocabulary. Raises ValueError if an action
+    stands at index 0, where nothing precedes it.
     """
     if ids.shape != mask.shape or mask[:, 0].any():
         raise ValueError(f"ids {ids.shape} and mask {mask.shape} must agree, and no action may be the first token")
@@ -584,7 +603,7 @@ def token_logprobs(model, ids: Tensor, mask: Tensor, temperature: float = 1.0) -
     head = model.get_output_embeddings()
     chunk = max(1, 2**24 // head.weight.shape[0])  # 64 MiB of float32 logits
     results = [
-        checkpoint(head_logprobs, head, h, y, temperature, use_reentrant=False)
+        checkpoint(head_logprobs, head, h, y, temperature, with_entropy, use_reentrant=False)
         for h, y in zip(hidden.split(chunk), targets.split(chunk))
     ]
     logprobs, entropy = torch.cat(results, 1)  # (num_actions,) each
@@ -592,14 +611,15 @@ def token_logprobs(model, ids: Tensor, mask: Tensor, temperature: float = 1.0) -
     return zeros.index_put((n, t), logprobs), zeros.index_put((n, t), entropy)
 
 
-def head_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def head_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool) -> Tensor:
     """Log-probability of `targets` (M,) and entropy from `hidden` (M, D), in float32: (2, M).
 
     In one tensor, because a backward pass that reached only one of them would keep what it recomputed for the other.
     """
     logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (M, V)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return torch.stack([logprobs.gather(1, targets[:, None])[:, 0], entropy])
+    chosen = logprobs.gather(1, targets[:, None])[:, 0]
+    entropy = -(logprobs.exp() * logprobs).sum(-1) if with_entropy else torch.zeros_like(chosen)
+    return torch.stack([chosen, entropy])
 
 
 def token_values(model, ids: Tensor, mask: Tensor) -> Tensor:
@@ -614,9 +634,9 @@ def token_values(model, ids: Tensor, mask: Tensor) -> Tensor:
     return torch.nn.functional.pad(values, (1, 0)) * mask
 
 
-def value_source(args: Args, tokenizer) -> tuple[str, str]:
-    """What the value model starts from, and its flag. Ends the run if it reads other ids than the policy."""
-    learned = [x for x in args.reward if x not in ("exact", "format") and not x.rpartition(":")[0].endswith(".py")]
+def value_source(args: Args, tokenizer, num_tokens: int) -> tuple[str, str]:
+    """What the value model starts from, and its flag. Ends the run if it reads other ids than the policy, or fewer."""
+    learned = list(filter(names_a_model, args.reward))
     name, flag = (args.value_model, "--value-model") if args.value_model else (args.model, "--model")
     if learned and not args.value_model:
         name, flag = learned[0], "--reward"
@@ -624,10 +644,13 @@ def value_source(args: Args, tokenizer) -> tuple[str, str]:
     same = tokenizer.get_vocab().items() <= vocabulary.items()  # a reward model may have a pad token more
     hint = "--value-model cannot start from it" if args.value_model else "name another model with --value-model"
     require(same, f"{flag} {name} has another tokenizer than --model {args.model}: {hint}")
+    require_window(load_config(name, flag), f"{flag} {name}", num_tokens)
     return name, flag
 
 
-def load_scorer(name: str, device: torch.device, gradient_checkpointing: bool, flag: str, head_scale: float):
+def load_scorer(
+    name: str, device: torch.device, gradient_checkpointing: bool, flag: str, head_scale: float, seed: int = 0
+):
     """A model with one scalar head `score` without bias, in float32, without dropout.
 
     A reward model's folder is loaded as it is; a language model gets a new head, N(0, head_scale^2 / (D + 1)) in
@@ -645,7 +668,7 @@ def load_scorer(name: str, device: torch.device, gradient_checkpointing: bool, f
     plain = isinstance(head, torch.nn.Linear) and head.bias is None
     require(plain, f"{flag} {name}: its classifier has no linear head `score` without bias: use a decoder")
     if not is_scorer:
-        draws = torch.randn(head.weight.shape, generator=seeded(0, "head", 0))
+        draws = torch.randn(head.weight.shape, generator=seeded(seed, "head", 0))
         head.weight.data = head_scale * draws / math.sqrt(head.in_features + 1)
     return to_device(model, device, gradient_checkpointing)
 
@@ -742,13 +765,11 @@ def evaluate(policy, tokenizer, rows, prompts, reward_of, args, eos_ids) -> dict
     return metrics
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
-
-
 def pad(rows: list[list[float]], device: torch.device) -> Tensor:
     """Rows of unequal length as one tensor (N, L), right-padded with 0."""
     length = max(map(len, rows))
-    return torch.tensor([[*row, *[0.0] * (length - len(row))] for row in rows], device=device)
+    padded = [[*row, *[0.0] * (length - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.float32, device=device)
 
 
 @torch.no_grad()
@@ -794,7 +815,7 @@ def warn(rows: list[dict], metrics: dict[str, float]):
     for name, (limit, advice) in limits.items():
         if metrics.get(name, 0.0) > limit >= (before.get(name) or 0.0):
             print(f"warning: {name} {metrics[name]:.3g} is above {limit:g}: {advice}")
-    if metrics["entropy"] < 0.1 * first <= before.get("entropy", first):
+    if metrics["entropy"] < 0.1 * first <= (before.get("entropy") or first):
         print(
             f"warning: entropy {metrics['entropy']:.3g} is below a tenth of the first step's: if samples are not yet",
             end=" ",
@@ -804,17 +825,20 @@ def warn(rows: list[dict], metrics: dict[str, float]):
         print("warning: all rewards of this step are equal: collapse, or nothing left to learn")
 
 
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
 def main(args: Args) -> dict[str, float]:
     """Trains, and returns the last row of metrics.jsonl beside the first evaluation (before/...)."""
     run, device = Run(args), pick_device()
-    steps, B, G, M = args.steps or 60, args.prompts_per_step, args.group_size, args.num_minibatches
+    steps, B, G, M = args.steps or 30, args.prompts_per_step, args.group_size, args.num_minibatches
     if run.finished(steps):
         return run.summary()
     wanted = ["prompt+answer", "question+answer"] if "exact" in args.reward else ["prompt", "question"]
     train_rows, eval_rows = load_data(args, wanted)
     limit, flag = args.max_prompt_length, "--max-prompt-length"
     tokenizer, eos_ids = load_tokenizer(args.model, limit + args.max_new_tokens)
-    value_name, value_flag = value_source(args, tokenizer)
+    value_name, value_flag = value_source(args, tokenizer, limit + args.max_new_tokens)
     encode = functools.partial(encode_prompt, tokenizer, system_prompt=args.system_prompt)
     train_rows, train_prompts = encode_rows(encode, train_rows, limit, flag)
     eval_rows, eval_prompts = encode_rows(encode, eval_rows, limit, flag)
@@ -828,16 +852,13 @@ def main(args: Args) -> dict[str, float]:
     value_name = f"{run.checkpoint}/value_model" if run.checkpoint else value_name
     value_model = load_scorer(value_name, device, args.gradient_checkpointing, value_flag, head_scale=0.0)
     reference = load_model(args.model, device).requires_grad_(False) if args.kl_coef or args.kl_stop else None
-    is_tiny = policy.num_parameters() < 10_000_000
-    peak_lr, value_peak_lr = args.lr or (1e-4 if is_tiny else 1e-6), args.value_lr or (1e-3 if is_tiny else 1e-5)
+    peak_lr = args.lr or (2e-4 if policy.num_parameters() < 10_000_000 else 1e-6)
+    value_peak_lr = args.value_lr or (1e-3 if value_model.num_parameters() < 10_000_000 else 1e-5)
     adam = functools.partial(torch.optim.AdamW, betas=(0.9, args.adam_beta2), weight_decay=0.0)
     optimizers = {"optimizer": adam(policy.parameters(), peak_lr)}
     optimizers["value_optimizer"] = adam(value_model.parameters(), value_peak_lr)
-    print(
-        f"{policy.num_parameters():,} parameters on {device}, {len(train_rows):,} prompts, peak lr {peak_lr:g},",
-        end=" ",
-    )
-    print(f"of the value model {value_peak_lr:g}; it starts from {value_name}")
+    print(f"{policy.num_parameters():,} parameters on {device}, {len(train_rows):,} prompts, peak lr {peak_lr:g}")
+    print(f"the value model starts from {value_name}, peak lr {value_peak_lr:g}")
     run.start(optimizers, peak_lr=peak_lr, value_peak_lr=value_peak_lr, steps=steps)
     evaluation = (policy, tokenizer, eval_rows, eval_prompts, reward_of, args, eos_ids)
     if run.step == 0:
@@ -871,14 +892,15 @@ def main(args: Args) -> dict[str, float]:
         for n, completion in enumerate(completions):
             prompt = prompts[n // G]
             sequences.append((prompt + completion, [0] * len(prompt) + [1] * len(completion)))
-        everything = functools.partial(over_rollout, sequences, args.micro_batch_tokens, device)
+        on_rollout = functools.partial(over_rollout, sequences, args.micro_batch_tokens, device)
         mask = pad([mask for _, mask in sequences], device)
         sampled = pad([[0] * len(prompts[n // G]) + x for n, x in enumerate(sampling_logprobs)], device)
-        old_logprobs, entropies = everything(functools.partial(token_logprobs, policy, temperature=args.temperature))
+        old_logprobs, entropies = on_rollout(functools.partial(token_logprobs, policy, temperature=args.temperature))
         ref_logprobs = old_logprobs  # without a reference the KL is 0
         if reference is not None:
-            ref_logprobs, _ = everything(functools.partial(token_logprobs, reference, temperature=args.temperature))
-        (old_values,) = everything(functools.partial(token_values, value_model))
+            frozen = functools.partial(token_logprobs, reference, temperature=args.temperature, with_entropy=False)
+            ref_logprobs, _ = on_rollout(frozen)
+        (old_values,) = on_rollout(functools.partial(token_values, value_model))
 
         # (4) rewards and advantages
         rewards = kl_shaped_rewards(scores.to(device), old_logprobs, ref_logprobs, mask, args.kl_coef)  # (N, L)
@@ -892,42 +914,46 @@ def main(args: Args) -> dict[str, float]:
             means.add(mask, kl_ref_k1=log_ratio, kl_ref_k3=kl_k3(old_logprobs, ref_logprobs))
             means.add(kl_ref_seq=log_ratio.sum(1))
         drawn = shuffled_indices(len(sft_data), args.seed, "sft", step, B) if args.sft_coef else []
+        lr, value_lr = (learning_rate(args, step, steps, peak) for peak in (peak_lr, value_peak_lr))
 
         # (5) loss: each minibatch is an optimizer step of its own
+        num_updates = 0
         for k, minibatch in enumerate(minibatches(B * G, args, step)):
-            num_tokens, approx_kl, parts = int(mask[minibatch].sum()), Means(), 0
-            for indices, ids, x in micro_batches([sequences[n] for n in minibatch], args.micro_batch_tokens, device):
+            batch, kl_sum, losses = [sequences[n] for n in minibatch], 0.0, 0.0
+            num_tokens = sum(sum(actions) for _, actions in batch)
+            for indices, ids, actions in micro_batches(batch, args.micro_batch_tokens, device):
                 n, L = [minibatch[i] for i in indices], ids.shape[1]
-                old, advantage = old_logprobs[n, :L], advantages[n, :L]  # (n, L), like all below
+                old, advantage, old_value, target = (
+                    x[n, :L] for x in (old_logprobs, advantages, old_values, returns)
+                )  # (n, L), like all below
                 with autocast(device):
-                    logprobs, entropy = token_logprobs(policy, ids, x, args.temperature)
-                    values = token_values(value_model, ids, x)
-                policy_part = policy_loss(logprobs, old, advantage, x, args.clip_eps, num_tokens)
-                value_part = value_loss(values, old_values[n, :L], returns[n, :L], x, args.value_clip_eps, num_tokens)
-                loss = policy_part + args.vf_coef * value_part
-                if args.entropy_coef:
-                    loss = loss - args.entropy_coef * (entropy * x).sum() / num_tokens
-                run.backward(loss)
-                parts = parts + torch.stack([policy_part, value_part]).detach()
-                outside, kl = ((logprobs - old).exp() - 1).abs() > args.clip_eps, kl_k3(old, logprobs)
-                approx_kl.add(x, mean=kl)
-                means.add(x, clip_frac=outside, approx_kl_old=kl)
+                    logprobs, entropy = token_logprobs(policy, ids, actions, args.temperature, args.entropy_coef > 0)
+                policy_part = policy_loss(logprobs, old, advantage, actions, args.clip_eps, num_tokens)
+                run.backward(policy_part - args.entropy_coef * (entropy * actions).sum() / num_tokens)
+                with autocast(device):  # after the policy's backward pass: only one model's activations are in memory
+                    values = token_values(value_model, ids, actions)
+                value_part = value_loss(values, old_value, target, actions, args.value_clip_eps, num_tokens)
+                run.backward(args.vf_coef * value_part)
+                losses = losses + torch.stack([policy_part, value_part]).detach()
+                outside, kl = ((logprobs - old).exp() - 1).abs() > args.clip_eps, kl_k3(old, logprobs).detach()
+                kl_sum = kl_sum + (kl * actions).sum()
+                means.add(actions, clip_frac=outside, approx_kl_old=kl)
                 if not run.checked:
-                    run.check_first_batch(tokenizer, ids, x, (logprobs - sampled[n, :L]).abs(), means)
-            if args.target_kl and approx_kl.result()["mean"] > args.target_kl:
+                    run.check_first_batch(tokenizer, ids, actions, (logprobs - sampled[n, :L]).abs(), means)
+            if args.target_kl and kl_sum / num_tokens > args.target_kl:
                 run.discard()
                 break
-            part = [sft_data[i] for i in drawn[k % M :: M]]
-            sft_tokens = sum(sum(mask) for _, mask in part)
-            for _, ids, x in micro_batches(part, args.micro_batch_tokens, device):
+            demonstrations = [sft_data[i] for i in drawn[k % M :: M]]
+            sft_tokens = sum(sum(actions) for _, actions in demonstrations)
+            for _, ids, actions in micro_batches(demonstrations, args.micro_batch_tokens, device):
                 with autocast(device):
-                    logprobs, _ = token_logprobs(policy, ids, x)
-                run.backward(args.sft_coef * sft_loss(logprobs, x, sft_tokens))
-                means.add(x, sft_loss=-logprobs)
+                    logprobs, _ = token_logprobs(policy, ids, actions, with_entropy=False)
+                run.backward(args.sft_coef * sft_loss(logprobs, actions, sft_tokens))
+                means.add(actions, sft_loss=-logprobs)
 
             # (6) update
-            lr, value_lr = (learning_rate(args, step, steps, peak) for peak in (peak_lr, value_peak_lr))
-            means.add(**run.update(optimizer=lr, value_optimizer=value_lr), policy_loss=parts[0], value_loss=parts[1])
+            num_updates = k + 1
+            means.add(**run.update(optimizer=lr, value_optimizer=value_lr), policy_loss=losses[0], value_loss=losses[1])
 
         seconds = time.perf_counter() - clock
         metrics = {
@@ -935,7 +961,7 @@ def main(args: Args) -> dict[str, float]:
             **{f"reward/{name}": values.mean().item() for name, values in by_name.items()}, **accuracy_of(texts, rows),
             "explained_variance": explained_variance(old_values, returns, mask),
             "completion_length": sum(map(len, completions)) / (B * G), "truncated_frac": truncated.mean().item(),
-            **means.result(), "num_updates": k + 1, "lr": lr, "value_lr": value_lr,
+            **means.result(), "num_updates": num_updates, "lr": lr, "value_lr": value_lr,
             "time/rollout_s": rollout_seconds, "time/step_s": seconds,
             "time/tokens_per_s": sum(len(ids) for ids, _ in sequences) / seconds,
         }  # fmt: skip
@@ -971,7 +997,7 @@ def check_numbers(args: "Args"):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             count = field.type in (int, int | None) and field.name not in ("seed", "warmup_steps")
             require(math.isfinite(value) and value >= count, f"{flag} {value}: must be at least {int(count)}")
-    for name in ("lr", "temperature", "clip_eps", "max_grad_norm", "target_kl", "kl_stop"):
+    for name in ("lr", "value_lr", "beta", "temperature", "clip_eps", "max_grad_norm", "target_kl", "kl_stop"):
         require(getattr(args, name, None) != 0, f"--{name.replace('_', '-')} must be above 0")
     require(args.adam_beta2 < 1, f"--adam-beta2 {args.adam_beta2}: must be below 1")
 
@@ -1059,6 +1085,12 @@ def from_hub(loader, name: str, flag: str, new: tuple[str, ...] = (), **options)
     return loaded
 
 
+def require_window(config, what: str, num_tokens: int):
+    """Ends the run if `num_tokens` do not fit the model's window."""
+    window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
+    require(num_tokens <= window, f"{what} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
+
+
 def load_tokenizer(name: str, num_tokens: int):
     """The tokenizer and the ids that end a completion: its EOS, the generation config's, the template's end of turn.
 
@@ -1067,8 +1099,7 @@ def load_tokenizer(name: str, num_tokens: int):
     tokenizer = from_hub(transformers.AutoTokenizer, name, "--model")
     config = from_hub(transformers.AutoConfig, name, "--model")
     require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no eos_token, so nothing could end")
-    window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
-    require(num_tokens <= window, f"--model {name} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
+    require_window(config, f"--model {name}", num_tokens)
     try:
         offline = Path(name).is_dir() or hub_is_out_of_reach()
         stops = transformers.GenerationConfig.from_pretrained(name, local_files_only=offline).eos_token_id

@@ -2,12 +2,13 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "tyro==1.0.17", "wandb==0.31.0"]
 # ///
-"""RM: a reward model from preferences (Bradley and Terry 1952; Stiennon et al. 2020, arXiv:2009.01325, eq. 1).
+"""RM: a reward model from preferences (Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
 
 Maximise the likelihood of the preferences under P(chosen > rejected) = sigmoid(r_c - r_r). The loss that is minimised:
 
     loss     = 1/batch_size * sum_n [ -log sigmoid(r_c - r_r - margin) + center_coef * (r_c + r_r)^2 ]
     r        = score . hidden[length - 1]      one number for the whole text, read at its last token
+    margin   a column of the data, in units of the reward; 0 where there is none
 
 Each step:  (1) batch: the next `batch_size` pairs of an endless stream of shuffled epochs
             (2) loss and gradient over token-budget micro-batches of whole pairs    (3) update
@@ -15,11 +16,12 @@ Each step:  (1) batch: the next `batch_size` pairs of an endless stream of shuff
 Signal: one comparison per pair. Only differences matter: a constant added to all rewards of a prompt changes nothing,
     which is why `center_coef` (Eisenstein et al. 2023) may hold their mean near 0.
 KL: none.
-Mask and normaliser: the reward is read at the last token that is not padding, EOS; its index comes from lengths. The
-    mean is over the pairs of the whole step. A pair that is already right by a wide margin hardly counts: its weight
-    in the gradient is sigmoid(r_r - r_c + margin).
+Mask and normaliser: the reward is read at the last token of the text (EOS, or what the chat template puts after it),
+    whose index comes from lengths. The mean is over the pairs of the whole step. A pair that is already right by far
+    hardly counts: its weight in the gradient is sigmoid(r_r - r_c + margin).
 Truncation: none. A pair of which either side exceeds `max_length` is dropped and counted.
-Initialisation: the language model's weights, and a new head `score` without bias, N(0, 1/(D+1)) in variance.
+Initialisation: the language model's weights, and a new head `score` without bias, drawn with mean 0 and variance
+    1/(D+1) (Stiennon et al. 2020, arXiv:2009.01325).
 
 Data: rows of prompt + chosen + rejected, text or messages; or of chosen + rejected alone, whole conversations whose
     shared beginning is the prompt (messages, or text with turns marked as in HH-RLHF). `margin`, an optional column.
@@ -27,18 +29,19 @@ Data: rows of prompt + chosen + rejected, text or messages; or of chosen + rejec
 Run:  python sft.py && python rm.py                                                  a laptop CPU, under four minutes
       python rm.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset Anthropic/hh-rlhf ...                one GPU, see README
 
-The model at `out` is an AutoModelForSequenceClassification with one label and a pad token that ends nothing.
+The model at `out` is an AutoModelForSequenceClassification with one label, whose pad token is no stop token, because
+transformers reads the score at the last token that is not padding.
 Metrics (metrics.jsonl), and what healthy looks like:
-  loss                    ln 2 = 0.69 at the start; falls
-  pair_accuracy, margin   of the step: share of pairs with r_c > r_r (0.5 if equal); mean r_c - r_r
+  loss                    about ln 2 = 0.69 at the start; falls
+  pair_accuracy, margin   of the step: share of pairs with r_c > r_r (0.5 if equal); mean gap r_c - r_r
   reward_mean, grad_norm, lr    over both sides; near 0 if centred; the norm before clipping
   eval/loss, eval/pair_accuracy, eval/margin    held-out pairs, without margin and centering; before/... at step 0
   eval/reward_mean, eval/reward_std    over both sides; the scale says how sure the model is, not how good it is
   eval/longer_wins        accuracy of preferring the longer side, the baseline to beat
   eval/length_correlation    of reward with length, both less their pair's mean; near 1 the model counts tokens
-  eval/calibration_error  mean gap between predicted and observed preference, over the ten bins of
-  calibration/predicted_K, calibration/observed_K, calibration/pairs_K    the side with the higher reward: sigmoid(gap),
-                          the share in which it is the chosen one, and the count; bin K is 0.5 + K/20 to 0.55 + K/20
+  eval/calibration_error  |predicted_K - observed_K|, averaged over all pairs
+  calibration/predicted_K, calibration/observed_K, calibration/pairs_K    for the side with the higher reward: mean of
+                          sigmoid(gap) in bin K, from 0.5 + K/20 to 0.55 + K/20; share of chosen ones; pairs in the bin
   skipped_updates         updates left out so far because they were not finite
 
 Dimensions: N pairs, 2N sequences (first the chosen ones, then the rejected ones), L tokens, D hidden.
@@ -102,7 +105,7 @@ class Args:
     """Passes over the training rows."""  # paper: 1
     steps: int | None = None
     """Optimizer steps (rollouts, in an online script); default: the built-in run, or all epochs."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Rows per optimizer step."""  # paper: 64
     lr: float | None = None
     """Peak learning rate; default: one that suits the size of the model, printed and logged."""  # paper: 1.5e-5
@@ -153,11 +156,13 @@ def bradley_terry_loss(
 ) -> Tensor:
     """-log sigmoid(r_c - r_r - margin) + center_coef * (r_c + r_r)^2 of each pair; rewards, result: (N,), in nats.
 
-    margin: (N,) or one number, in units of the reward. Stiennon et al. 2020, eq. 1; the margin as in Touvron et al.
+    margin: (N,) or one number, in units of the reward. Ouyang et al. 2022, eq. 1; the margin as in Touvron et al.
     2023, eq. 2; the centering as in Eisenstein et al. 2023, arXiv:2312.09244. Raises ValueError on unequal shapes.
     """
     if chosen_rewards.shape != rejected_rewards.shape or chosen_rewards.dim() != 1:
         raise ValueError(f"rewards of shapes {chosen_rewards.shape} and {rejected_rewards.shape} are not (N,) twice")
+    if isinstance(margin, Tensor) and margin.shape not in ((), chosen_rewards.shape):
+        raise ValueError(f"a margin of shape {margin.shape} for {len(chosen_rewards)} pairs")
     preference = torch.nn.functional.logsigmoid(chosen_rewards - rejected_rewards - margin)  # log P(chosen > rejected)
     return -preference + center_coef * (chosen_rewards + rejected_rewards) ** 2
 
@@ -195,7 +200,7 @@ def calibration(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, f
 
 # ----------------------------------------------------------------------------------------------------------------- data
 
-ARITHMETIC_ROWS = {"train": 20_000, "test": 2_000}
+ARITHMETIC_ROWS = {"train": 15_000, "test": 2_000}
 
 
 def solve(numbers: list[int], slip: float, habit: float, rng: random.Random) -> str:
@@ -272,53 +277,60 @@ def encode_scored_pair(tokenizer, row: dict, system_prompt: str | None) -> tuple
 
 
 def split_pair(row: dict, chat: bool) -> dict | None:
-    """The row with `prompt` and the texts `chosen` and `rejected`; None if the sides part before the last turn.
+    """The row with `prompt` and the texts `chosen` and `rejected`; None if the sides differ in more than the last turn.
 
     Without a prompt, or as lists of messages, the sides are whole conversations, and what precedes their last turn is
     the prompt: messages, or text in the layout of HH-RLHF, which becomes messages if `chat` (there is a template).
     """
     prompt, chosen, rejected = row.get("prompt", row.get("question")), row["chosen"], row["rejected"]
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        prompt = chosen[:-1] or prompt
+    mark = "\n\nAssistant:"
+    if type(chosen) is not type(rejected):
+        raise ValueError("`chosen` and `rejected` must both be text or both be messages")
+    if isinstance(chosen, list):
         if chosen[:-1] != rejected[:-1]:
             return None
+        told = [message["content"] for message in chosen[:-1]]
+        if told and prompt and not {message["content"] for message in as_messages(prompt, None)} <= set(told):
+            raise ValueError("`prompt` holds turns that `chosen` does not repeat")
+        prompt = chosen[:-1] or prompt
         if not prompt or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
             raise ValueError("`chosen` and `rejected` must close with an assistant turn, after a prompt")
         chosen, rejected = chosen[-1]["content"], rejected[-1]["content"]
     elif not prompt:
-        mark = "\n\nAssistant:"
         end = chosen.rfind(mark) + len(mark)
         if end < len(mark):
             raise ValueError("without a column `prompt` it needs turns marked `\\n\\nHuman:` and `\\n\\nAssistant:`")
-        if rejected[:end] != chosen[:end] or mark in rejected[end:]:
+        prompt, chosen, other, rejected = chosen[:end], chosen[end:], rejected[:end], rejected[end:]
+        if prompt != other or any(turn in chosen + rejected for turn in (mark, "\n\nHuman:")):
             return None
-        prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
-        if chat:
-            turns = re.split(r"\n\n(Human|Assistant):", prompt.removesuffix(mark))[1:]  # speaker, text, speaker, ...
-            roles = {"Human": "user", "Assistant": "assistant"}
-            prompt = [{"role": roles[who], "content": text.strip()} for who, text in zip(turns[::2], turns[1::2])]
-            chosen, rejected = chosen.strip(), rejected.strip()
+    if chat and isinstance(prompt, str) and prompt.rstrip().endswith(mark):
+        head, *turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + prompt.strip().removesuffix(mark))
+        names = [None, *turns[::2]]  # who speaks; nobody in front of the first mark
+        roles = {None: "system", "Human": "user", "Assistant": "assistant"}
+        turns = [(roles[name], text.strip()) for name, text in zip(names, [head, *turns[1::2]])]
+        prompt = [{"role": role, "content": text} for role, text in turns if role != "system" or text]
+        chosen, rejected = chosen.strip(), rejected.strip()
     return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def select_pairs(rows: list[dict], chat: bool, flag: str) -> list[dict]:
     """The rows as `split_pair` makes them, without those that hold no preference; says what was dropped, and why."""
     kept, seen = [], set()
-    dropped = dict.fromkeys(("equal sides", "sides that part before the last turn", "an empty side"), 0)
+    dropped = dict.fromkeys(("equal sides", "sides that differ in more than the last turn", "an empty side"), 0)
     repeated = contradicted = 0
     for i, row in enumerate(rows):
         try:
             pair = split_pair(row, chat)
             equal = pair and pair["chosen"] == pair["rejected"]
             empty = pair and not (pair["chosen"].strip() and pair["rejected"].strip())
-        except (ValueError, TypeError, KeyError, AttributeError) as error:  # what a malformed row makes it raise
+        except (ValueError, TypeError, LookupError, AttributeError) as error:  # what a malformed row makes it raise
             raise SystemExit(f"{flag}: row {i} is no pair: {error!r}; the row is {row}") from error
         for reason, found in zip(dropped, (equal, pair is None, empty and not equal)):
             dropped[reason] += bool(found)
         if pair is None or equal or empty:
             continue
         sides = pair["chosen"], pair["rejected"]
-        key, turned = (json.dumps([pair["prompt"], *order]) for order in (sides, sides[::-1]))
+        key, turned = (hash(json.dumps([pair["prompt"], *order])) for order in (sides, sides[::-1]))
         repeated, contradicted = repeated + (key in seen), contradicted + (turned in seen)
         seen.add(key)
         kept.append(pair)
@@ -353,7 +365,9 @@ def margin_of(row: dict) -> float:
 # ----------------------------------------------------------------------------------------------------- model and scores
 
 
-def load_scorer(name: str, device: torch.device, gradient_checkpointing: bool, flag: str, head_scale: float):
+def load_scorer(
+    name: str, device: torch.device, gradient_checkpointing: bool, flag: str, head_scale: float, seed: int = 0
+):
     """A model with one scalar head `score` without bias, in float32, without dropout.
 
     A reward model's folder is loaded as it is; a language model gets a new head, N(0, head_scale^2 / (D + 1)) in
@@ -371,7 +385,7 @@ def load_scorer(name: str, device: torch.device, gradient_checkpointing: bool, f
     plain = isinstance(head, torch.nn.Linear) and head.bias is None
     require(plain, f"{flag} {name}: its classifier has no linear head `score` without bias: use a decoder")
     if not is_scorer:
-        draws = torch.randn(head.weight.shape, generator=seeded(0, "head", 0))
+        draws = torch.randn(head.weight.shape, generator=seeded(seed, "head", 0))
         head.weight.data = head_scale * draws / math.sqrt(head.in_features + 1)
     return to_device(model, device, gradient_checkpointing)
 
@@ -385,7 +399,7 @@ def prepare_reward_model(model, tokenizer, eos_ids: list[int]):
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     before = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > before:
-        model.resize_token_embeddings(len(tokenizer))
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         model.get_input_embeddings().weight.data[before:] = 0.0  # no draws: padding is never seen
     pad_id = model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     row = torch.arange(8, device=model.device) + (pad_id + 1 if pad_id < 8 else 0)  # eight ids, none of them padding
@@ -393,8 +407,8 @@ def prepare_reward_model(model, tokenizer, eos_ids: list[int]):
     ids[1, 5:], mask[1, 5:] = pad_id, 0.0
     with torch.no_grad():
         expected = model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float()
-        same = (score(model, ids, mask) - expected).abs().max() < 1e-3
-    require(same, "--model: its classifier is no causal one with a plain linear head, all that score knows")
+        same = (score(model, ids, mask) - expected).abs().max() < 1e-3 * max(1.0, expected.abs().max().item())
+    require(same, "--model: transformers computes another score than the head on the last token: use a decoder")
 
 
 def score(model, ids: Tensor, mask: Tensor) -> Tensor:
@@ -464,14 +478,17 @@ def main(args: Args) -> dict[str, float]:
         data.append((rows, pairs))
     (train_rows, train_pairs), (eval_rows, eval_pairs) = data
     margins = torch.tensor([margin_of(row) for row in train_rows])
+    if margins.any():
+        print(f"--dataset: margins of mean {margins.mean():.3g}, at most {margins.max():.3g}, in units of the reward")
     require(len(train_pairs) >= args.batch_size, f"--batch-size: there are only {len(train_pairs)} pairs")
     steps = args.steps or math.ceil(args.epochs * len(train_pairs) / args.batch_size)
     if run.finished(steps):
         return run.summary()
 
-    model = load_scorer(run.checkpoint or args.model, device, args.gradient_checkpointing, "--model", head_scale=1.0)
+    name = run.checkpoint or args.model
+    model = load_scorer(name, device, args.gradient_checkpointing, "--model", head_scale=1.0, seed=args.seed)
     prepare_reward_model(model, tokenizer, eos_ids)
-    peak_lr = args.lr or (3e-4 if model.num_parameters() < 10_000_000 else 1.5e-5)
+    peak_lr = args.lr or (1e-3 if model.num_parameters() < 10_000_000 else 1.5e-5)
     optimizer = torch.optim.AdamW(model.parameters(), peak_lr, betas=(0.9, args.adam_beta2), weight_decay=0.0)
     print(f"{model.num_parameters():,} parameters on {device}, {len(train_pairs):,} pairs, peak lr {peak_lr:g}")
     run.start({"optimizer": optimizer}, peak_lr=peak_lr, steps=steps)
@@ -535,7 +552,7 @@ def check_numbers(args: "Args"):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             count = field.type in (int, int | None) and field.name not in ("seed", "warmup_steps")
             require(math.isfinite(value) and value >= count, f"{flag} {value}: must be at least {int(count)}")
-    for name in ("lr", "temperature", "clip_eps", "max_grad_norm", "target_kl", "kl_stop"):
+    for name in ("lr", "value_lr", "beta", "temperature", "clip_eps", "max_grad_norm", "target_kl", "kl_stop"):
         require(getattr(args, name, None) != 0, f"--{name.replace('_', '-')} must be above 0")
     require(args.adam_beta2 < 1, f"--adam-beta2 {args.adam_beta2}: must be below 1")
 
@@ -618,6 +635,12 @@ def from_hub(loader, name: str, flag: str, new: tuple[str, ...] = (), **options)
     return loaded
 
 
+def require_window(config, what: str, num_tokens: int):
+    """Ends the run if `num_tokens` do not fit the model's window."""
+    window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
+    require(num_tokens <= window, f"{what} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
+
+
 def load_tokenizer(name: str, num_tokens: int):
     """The tokenizer and the ids that end a completion: its EOS, the generation config's, the template's end of turn.
 
@@ -626,8 +649,7 @@ def load_tokenizer(name: str, num_tokens: int):
     tokenizer = from_hub(transformers.AutoTokenizer, name, "--model")
     config = from_hub(transformers.AutoConfig, name, "--model")
     require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no eos_token, so nothing could end")
-    window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
-    require(num_tokens <= window, f"--model {name} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
+    require_window(config, f"--model {name}", num_tokens)
     try:
         offline = Path(name).is_dir() or hub_is_out_of_reach()
         stops = transformers.GenerationConfig.from_pretrained(name, local_files_only=offline).eos_token_id

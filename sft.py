@@ -301,13 +301,16 @@ def tiny_model(seed: int):
 # ------------------------------------------------------------------------------------------ model and log-probabilities
 
 
-def token_logprobs(model, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    model, ids: Tensor, mask: Tensor, temperature: float = 1.0, with_entropy: bool = True
+) -> tuple[Tensor, Tensor]:
     """log pi(ids[n, t] | ids[n, :t]) and the entropy (nats) of that distribution where mask is 1, else 0.
 
     ids, mask: (N, L), right-padded; results: (N, L) float32, differentiable. The logits are divided by `temperature`.
     No attention mask: under a causal model, right padding is never seen. Only positions with mask 1 go through the
     output head, a chunk at a time and recomputed in the backward pass, so at most one (chunk, V) block of logits lives.
-    Raises ValueError if an action stands at index 0, where nothing precedes it.
+    Without `with_entropy` the entropy is 0, which saves time under a large vocabulary. Raises ValueError if an action
+    stands at index 0, where nothing precedes it.
     """
     if ids.shape != mask.shape or mask[:, 0].any():
         raise ValueError(f"ids {ids.shape} and mask {mask.shape} must agree, and no action may be the first token")
@@ -317,7 +320,7 @@ def token_logprobs(model, ids: Tensor, mask: Tensor, temperature: float = 1.0) -
     head = model.get_output_embeddings()
     chunk = max(1, 2**24 // head.weight.shape[0])  # 64 MiB of float32 logits
     results = [
-        checkpoint(head_logprobs, head, h, y, temperature, use_reentrant=False)
+        checkpoint(head_logprobs, head, h, y, temperature, with_entropy, use_reentrant=False)
         for h, y in zip(hidden.split(chunk), targets.split(chunk))
     ]
     logprobs, entropy = torch.cat(results, 1)  # (num_actions,) each
@@ -325,14 +328,15 @@ def token_logprobs(model, ids: Tensor, mask: Tensor, temperature: float = 1.0) -
     return zeros.index_put((n, t), logprobs), zeros.index_put((n, t), entropy)
 
 
-def head_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def head_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool) -> Tensor:
     """Log-probability of `targets` (M,) and entropy from `hidden` (M, D), in float32: (2, M).
 
     In one tensor, because a backward pass that reached only one of them would keep what it recomputed for the other.
     """
     logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (M, V)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return torch.stack([logprobs.gather(1, targets[:, None])[:, 0], entropy])
+    chosen = logprobs.gather(1, targets[:, None])[:, 0]
+    entropy = -(logprobs.exp() * logprobs).sum(-1) if with_entropy else torch.zeros_like(chosen)
+    return torch.stack([chosen, entropy])
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -460,7 +464,7 @@ def evaluate_sft(model, tokenizer, rows, data, args, eos_ids) -> dict[str, float
     means = Means()
     for _, ids, mask in micro_batches(data, args.micro_batch_tokens, model.device):
         with torch.no_grad(), autocast(model.device):
-            logprobs, _ = token_logprobs(model, ids, mask)
+            logprobs, _ = token_logprobs(model, ids, mask, with_entropy=False)
         means.add(mask, loss=-logprobs)
     metrics = {"eval/loss": means.result()["loss"]}
     if all(row.get("answer") is not None for row in rows):
@@ -561,7 +565,7 @@ def check_numbers(args: "Args"):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             count = field.type in (int, int | None) and field.name not in ("seed", "warmup_steps")
             require(math.isfinite(value) and value >= count, f"{flag} {value}: must be at least {int(count)}")
-    for name in ("lr", "temperature", "clip_eps", "max_grad_norm", "target_kl", "kl_stop"):
+    for name in ("lr", "value_lr", "beta", "temperature", "clip_eps", "max_grad_norm", "target_kl", "kl_stop"):
         require(getattr(args, name, None) != 0, f"--{name.replace('_', '-')} must be above 0")
     require(args.adam_beta2 < 1, f"--adam-beta2 {args.adam_beta2}: must be below 1")
 
@@ -649,6 +653,12 @@ def from_hub(loader, name: str, flag: str, new: tuple[str, ...] = (), **options)
     return loaded
 
 
+def require_window(config, what: str, num_tokens: int):
+    """Ends the run if `num_tokens` do not fit the model's window."""
+    window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
+    require(num_tokens <= window, f"{what} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
+
+
 def load_tokenizer(name: str, num_tokens: int):
     """The tokenizer and the ids that end a completion: its EOS, the generation config's, the template's end of turn.
 
@@ -657,8 +667,7 @@ def load_tokenizer(name: str, num_tokens: int):
     tokenizer = from_hub(transformers.AutoTokenizer, name, "--model")
     config = from_hub(transformers.AutoConfig, name, "--model")
     require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no eos_token, so nothing could end")
-    window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
-    require(num_tokens <= window, f"--model {name} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
+    require_window(config, f"--model {name}", num_tokens)
     try:
         offline = Path(name).is_dir() or hub_is_out_of_reach()
         stops = transformers.GenerationConfig.from_pretrained(name, local_files_only=offline).eos_token_id

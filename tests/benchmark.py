@@ -3,8 +3,10 @@
     python tests/benchmark.py rollout       how fast is the rollout, against model.generate?
     python tests/benchmark.py memory        what do log-probabilities cost in memory, against whole logits?
     python tests/benchmark.py grpo          how long is one GRPO step, against TRL's GRPOTrainer?
-    python tests/benchmark.py acceptance    do the default runs reach their accuracy, and do the controls hold?
-    python tests/benchmark.py curve         draws the learning curve of the default run
+    python tests/benchmark.py acceptance    do all default runs reach their accuracy, and do the controls hold?
+    python tests/benchmark.py figure        draws what acceptance found: the true accuracy of every method
+    python tests/benchmark.py curve         draws the learning curve of the default run of sft.py and grpo.py
+    python tests/benchmark.py resident      what stays in memory under each script, for a model of a given size
 
 Comparisons warm both sides up, then alternate them on the same machine, and print every pair, the medians and the
 median ratio. Measure on a machine that does nothing else. Set up: pip install -r requirements.txt
@@ -447,17 +449,17 @@ def read_metrics(folder: str | Path) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-def run_script(folder: Path, name: str, script: str, flags: list[str], parent: str = "") -> dict:
+def run_script(folder: Path, name: str, script: str, flags: list[str], parents: tuple[str, ...] = ()) -> dict:
     """Runs `script`, unless `folder`/`name`.json says that it has run so; returns what that file holds.
 
-    The run's output goes to `folder`/`name`, what it prints to `folder`/`name`.log. parent: the run whose model this
-    one starts from; if that is newer, this one runs again.
+    The run's output goes to `folder`/`name`, what it prints to `folder`/`name`.log. parents: the runs whose models
+    this one reads; if one of them is newer, this one runs again. peak_mib: the largest resident memory of the process.
     """
-    result_file, parent_file = folder / f"{name}.json", folder / f"{parent}.json"
+    result_file = folder / f"{name}.json"
     version = zlib.crc32((ROOT / script).read_bytes())
     if result_file.exists() and (folder / name / "config.json").exists():
         result = json.loads(result_file.read_text())
-        stale = parent and parent_file.stat().st_mtime > result_file.stat().st_mtime
+        stale = any((folder / f"{x}.json").stat().st_mtime > result_file.stat().st_mtime for x in parents)
         if result["flags"] == flags and not stale:
             changed = f"; {script} HAS CHANGED since: remove it to run anew"
             print(f"{name}: found in {folder}{changed if result['script_crc32'] != version else ''}", flush=True)
@@ -466,25 +468,40 @@ def run_script(folder: Path, name: str, script: str, flags: list[str], parent: s
     command = [sys.executable, str(ROOT / script), *flags, "--out", str(folder / name), "--overwrite"]
     clock = time.perf_counter()
     with open(folder / f"{name}.log", "w") as log:
-        process = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - clock
     log_tail = "\n".join((folder / f"{name}.log").read_text().splitlines()[-20:])
     grpo.require(process.returncode == 0, f"{name} ended with {process.returncode}:\n{log_tail}")
     rows = read_metrics(folder / name)
-    accuracies = {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    result = {"script": script, "flags": flags, "script_crc32": version, "seconds": seconds}
+    result["peak_mib"] = usage.ru_maxrss * unit / 2**20
     for when, row in (("before", rows[0]), ("after", rows[-1])):
-        accuracies |= {f"{when}_{how}": row[f"eval/accuracy_{how}"] for how in ("sampled", "greedy")}
-    result = {"script": script, "flags": flags, "script_crc32": version, "seconds": seconds, **accuracies}
+        evaluated = {name[5:].removeprefix("accuracy_"): x for name, x in row.items() if name.startswith("eval/")}
+        result |= {f"{when}_{name}": x for name, x in evaluated.items()}
+    result |= {name: x for name, x in rows[-1].items() if name in ("explained_variance", "kl_ref_seq")}
     result["machine"] = describe_machine()
     grpo.write_beside(result_file, json.dumps(result, indent=2))
     return result
 
 
-def acceptance(seeds: tuple[int, ...] = (0, 1, 2), out: str = "runs/acceptance", quick: bool = False):
-    """The default runs, sft.py and then grpo.py, for every seed, and the controls; a table with every seed.
+# Every method from the same SFT model: script, flags beyond seed and model.
+METHODS = {
+    "DPO": ("dpo.py", []),
+    "PPO, reward model": ("ppo.py", []),
+    "PPO, verifier": ("ppo.py", ["--reward", "exact"]),
+    "GRPO, verifier": ("grpo.py", []),
+}
 
-    Accuracy is that on 1,000 held-out prompts. The controls start from the first seed's SFT model: with the reward
-    negated accuracy falls, with a random one it does not rise. What an earlier call has finished is not run again.
+
+def acceptance(seeds: tuple[int, ...] = (0, 1, 2), out: str = "runs/acceptance", quick: bool = False):
+    """The default runs of all scripts for every seed, and the controls; a table with every seed and the means.
+
+    Accuracy is that on 1,000 held-out prompts. Everything starts from the seed's SFT model; PPO's reward model is the
+    seed's. The controls start from the first seed's SFT model: with the reward negated accuracy falls, with a random
+    one it does not rise. What an earlier call has finished is not run again.
 
     Args:
         seeds: Seeds of the default runs.
@@ -497,41 +514,158 @@ def acceptance(seeds: tuple[int, ...] = (0, 1, 2), out: str = "runs/acceptance",
     folder.mkdir(parents=True, exist_ok=True)
     grpo.write_beside(folder / "controls.py", CONTROLS)
     short = ["--eval-size", "64", "--steps"]
-    results, sft, trained = {}, [], []
+    results = {name: [] for name in ("SFT", "reward model", *METHODS)}
     for seed in seeds:
-        flags, parent = ["--seed", str(seed)], f"sft-{seed}"
-        sft.append(run_script(folder, parent, "sft.py", [*flags, *([*short, "20"] if quick else [])]))
-        flags += ["--model", str(folder / parent), *([*short, "3"] if quick else [])]
-        trained.append(run_script(folder, f"grpo-{seed}", "grpo.py", flags, parent))
-        results |= {f"sft.py, seed {seed}": sft[-1], f"grpo.py, seed {seed}": trained[-1]}
+        sft, reward_model = f"sft-{seed}", f"rm-{seed}"
+        flags = ["--seed", str(seed), *([*short, "20"] if quick else [])]
+        results["SFT"].append(run_script(folder, sft, "sft.py", flags))
+        flags += ["--model", str(folder / sft)]
+        results["reward model"].append(run_script(folder, reward_model, "rm.py", flags, (sft,)))
+        flags = ["--seed", str(seed), "--model", str(folder / sft), *([*short, "3"] if quick else [])]
+        for name, (script, extra) in METHODS.items():
+            extra, parents = extra or (["--reward", str(folder / reward_model)] if script == "ppo.py" else []), (sft,)
+            parents = (sft, reward_model) if name == "PPO, reward model" else (sft,)
+            run = f"{script.removesuffix('.py')}{'-exact' if name == 'PPO, verifier' else ''}-{seed}"
+            results[name].append(run_script(folder, run, script, [*flags, *extra], parents))
     controls, parent = {}, f"sft-{seeds[0]}"
-    for name in ("negated", "random"):
-        flags = ["--seed", str(seeds[0]), "--model", str(folder / parent), "--reward", f"{folder}/controls.py:{name}"]
-        flags += [*short, "3"] if quick else ["--steps", "60"]
-        controls[name] = run_script(folder, f"{name}-{seeds[0]}", "grpo.py", flags, parent)
-    columns = ("seconds", "before_sampled", "after_sampled", "before_greedy", "after_greedy")
-    means = [{column: mean(run[column] for run in side) for column in columns} for side in (sft, trained)]
-    results |= {"**sft.py, mean**": means[0], "**grpo.py, mean**": means[1]}
-    results |= {f"control: {name} reward, seed {seeds[0]}": run for name, run in controls.items()}
-    grpo.write_beside(folder / "results.json", json.dumps(results, indent=2))
+    for script, steps in (("grpo.py", "60"), ("ppo.py", "10")):
+        for name in ("negated", "random"):
+            flags = ["--seed", str(seeds[0]), "--model", str(folder / parent)]
+            flags += ["--reward", f"{folder}/controls.py:{name}", *([*short, "3"] if quick else ["--steps", steps])]
+            run = f"{script.removesuffix('.py')}-{name}-{seeds[0]}"
+            controls[f"{script}, {name} reward"] = run_script(folder, run, script, flags, (parent,))
+    grpo.write_beside(folder / "results.json", json.dumps({"methods": results, "controls": controls}, indent=2))
 
-    print("\n| run | seconds | sampled before | after | greedy before | after |\n|---|---|---|---|---|---|")
-    for name, run in results.items():
-        print(f"| {name} | {run['seconds']:.0f} | " + " | ".join(f"{run[column]:.3f}" for column in columns[1:]) + " |")
+    print("\n| run | seed | seconds | peak MiB | sampled | greedy | pair accuracy |\n|---|---|---|---|---|---|---|")
+    for name, runs in results.items():
+        for seed, run in [*zip(seeds, runs), ("**mean**", mean_of(runs))]:
+            figures = [run.get(f"after_{x}") for x in ("sampled", "greedy", "pair_accuracy")]
+            cells = " | ".join("" if x is None else f"{x:.3f}" for x in figures)
+            print(f"| {name} | {seed} | {run['seconds']:.0f} | {run['peak_mib']:,.0f} | {cells} |")
+    print("\n| control | sampled before | after | greedy before | after |\n|---|---|---|---|---|")
+    columns = ("before_sampled", "after_sampled", "before_greedy", "after_greedy")
+    for name, run in controls.items():
+        print(f"| {name} | " + " | ".join(f"{run[column]:.3f}" for column in columns) + " |")
     print()
-    slowest = max(a["seconds"] + b["seconds"] for a, b in zip(sft, trained))
-    print_aim(f"both scripts in at most 300 s (slowest seed: {slowest:.0f} s)", slowest <= 300)
-    print_aim("after sft.py between 0.45 and 0.75 sampled, mean", 0.45 <= means[0]["after_sampled"] <= 0.75)
-    print_aim("after sft.py below 0.85 greedy, mean", means[0]["after_greedy"] < 0.85)
-    print_aim("after grpo.py at least 0.94 sampled, mean", means[1]["after_sampled"] >= 0.94)
-    print_aim("after grpo.py at least 0.97 greedy, mean", means[1]["after_greedy"] >= 0.97)
-    for how in ("sampled", "greedy"):
-        before, after = (controls["negated"][f"{when}_{how}"] for when in ("before", "after"))
-        noise = 2 * math.sqrt(before * (1 - before) / (64 if quick else 1000))  # two standard errors of an accuracy
-        print_aim(f"{how} accuracy falls with the reward negated: {after - before:+.3f}", after < before - noise)
-        before, after = (controls["random"][f"{when}_{how}"] for when in ("before", "after"))
-        rise = f"{after - before:+.3f}, noise {noise:.3f}"
-        print_aim(f"{how} accuracy does not rise with a random reward: {rise}", after <= before + noise)
+    means = {name: mean_of(runs) for name, runs in results.items()}
+    slowest = {name: max(run["seconds"] for run in runs) for name, runs in results.items()}
+    print_aim("after sft.py between 0.45 and 0.75 sampled, mean", 0.45 <= means["SFT"]["after_sampled"] <= 0.75)
+    print_aim("after sft.py below 0.85 greedy, mean", means["SFT"]["after_greedy"] < 0.85)
+    for name, script, sampled, greedy, seconds in (
+        ("DPO", "dpo.py", 0.80, 0.05, 90),
+        ("PPO, reward model", "ppo.py", 0.85, 0.1, 300),
+        ("PPO, verifier", "ppo.py --reward exact", 0.92, 0.1, 300),
+        ("GRPO, verifier", "grpo.py", 0.94, 0.2, 300),
+    ):
+        print_aim(f"after {script} at least {sampled} sampled, mean", means[name]["after_sampled"] >= sampled)
+        rise = means[name]["after_greedy"] - means["SFT"]["after_greedy"]
+        print_aim(f"after {script} greedy accuracy higher by at least {greedy}: {rise:+.3f}, mean", rise >= greedy)
+        print_aim(f"{script} in at most {seconds} s (slowest seed: {slowest[name]:.0f} s)", slowest[name] <= seconds)
+    accuracy, slow = means["reward model"]["after_pair_accuracy"], slowest["reward model"]
+    print_aim(f"rm.py: held-out pair accuracy at least 0.88, mean: {accuracy:.3f}", accuracy >= 0.88)
+    print_aim(f"rm.py in at most 120 s (slowest seed: {slow:.0f} s)", slow <= 120)
+    explained = means["PPO, reward model"]["explained_variance"]
+    print_aim(f"ppo.py: explained variance above 0.5 at the end, mean: {explained:.3f}", explained > 0.5)
+    for name, run in controls.items():
+        for how in ("sampled", "greedy"):
+            before, after = (run[f"{when}_{how}"] for when in ("before", "after"))
+            noise = 2 * math.sqrt(before * (1 - before) / (64 if quick else 1000))  # two standard errors
+            if "negated" in name:
+                print_aim(f"{name}: {how} accuracy falls: {after - before:+.3f}", after < before - noise)
+            else:
+                rise = f"{after - before:+.3f}, noise {noise:.3f}"
+                print_aim(f"{name}: {how} accuracy does not rise: {rise}", after <= before + noise)
+
+
+def mean_of(runs: list[dict]) -> dict:
+    """The mean of every figure that all runs have."""
+    shared = [name for name in runs[0] if all(isinstance(run.get(name), (int, float)) for run in runs)]
+    return {name: mean(run[name] for run in runs) for name in shared}
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+COLOURS = {"grey": "#8a8f98", "blue": "#1f5fa8", "orange": "#d9730d", "green": "#2a7f4f"}
+
+
+def load_pyplot():
+    """matplotlib's pyplot, without a display, in the style of all figures."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.grid": True, "grid.color": "#e6e6e6"})
+    return pyplot
+
+
+def figure(results: str = "runs/acceptance/results.json", out: str = "tests/pipeline.png"):
+    """Draws the true accuracy of SFT and of every method that starts from it: bars are means, dots are seeds.
+
+    Args:
+        results: What `acceptance` wrote.
+        out: The image.
+    """
+    grpo.require(Path(results).exists(), f"--results {results}: run `python tests/benchmark.py acceptance` first")
+    methods = json.loads(Path(results).read_text())["methods"]
+    names = ["SFT", *METHODS]
+    pyplot = load_pyplot()
+    plot, axes = pyplot.subplots(figsize=(9, 4.2), dpi=100, layout="constrained")
+    for offset, how, colour in ((-0.2, "sampled", COLOURS["blue"]), (0.2, "greedy", COLOURS["orange"])):
+        values = [[run[f"after_{how}"] for run in methods[name]] for name in names]
+        places = [i + offset for i in range(len(names))]
+        axes.bar(places, [mean(x) for x in values], 0.36, color=colour, alpha=0.75, label=how, zorder=2)
+        for place, x in zip(places, values):
+            axes.plot([place] * len(x), x, "o", color="black", markersize=3, zorder=3)
+            axes.text(place, max(x) + 0.015, f"{mean(x):.2f}", ha="center", fontsize=9)
+    axes.set(ylim=(0, 1.08), ylabel="true accuracy, 1,000 held-out prompts", xticks=range(len(names)))
+    axes.set_xticklabels(names)
+    axes.spines["right"].set_visible(False)
+    axes.legend(loc="upper left", frameon=False, ncols=2)
+    plot.savefig(out)
+    print(f"wrote {out}")
+
+
+# ------------------------------------------------------------------------------------------------------------ resident
+
+
+def resident_bytes(num_parameters: int) -> dict[str, dict[str, int]]:
+    """Bytes that stay in memory while each script trains, by model; float32, the reference and reward model frozen.
+
+    A trained model holds weights and gradients (4 bytes a parameter each) and Adam's two moments (8), a frozen one its
+    weights. Reward and value model are taken to be as large as the policy. Activations, the KV cache and the
+    low-precision copies that autocast makes come on top.
+    """
+    frozen, trained = 4 * num_parameters, (4 + 4 + 8) * num_parameters
+    return {
+        "sft.py": {"policy": trained},
+        "rm.py": {"reward model": trained},
+        "dpo.py": {"policy": trained},  # the reference is freed before the policy is loaded
+        "grpo.py --kl-coef 0": {"policy": trained},
+        "grpo.py": {"policy": trained, "reference": frozen},
+        "ppo.py --reward exact": {"policy": trained, "value model": trained, "reference": frozen},
+        "ppo.py": {"policy": trained, "value model": trained, "reference": frozen, "reward model": frozen},
+    }
+
+
+def resident_table(billions: float) -> str:
+    """`resident_bytes` as a table, in GB of 10^9 bytes."""
+    size = resident_bytes(round(billions * 1e9))
+    names = ("policy", "value model", "reference", "reward model")
+    lines = ["| GB | " + " | ".join(names) + " | in all |", "|---" * (len(names) + 2) + "|"]
+    for script, models in size.items():
+        cells = [f"{models[name] / 1e9:.0f}" if name in models else "" for name in names]
+        lines.append(f"| `{script}` | " + " | ".join(cells) + f" | {sum(models.values()) / 1e9:.0f} |")
+    return "\n".join(lines)
+
+
+def resident(billions: float = 7.0):
+    """Prints what stays in memory under each script: weights, gradients and optimizer state of every model.
+
+    Args:
+        billions: Parameters of each model, in 10^9.
+    """
+    print(resident_table(billions))
 
 
 # --------------------------------------------------------------------------------------------------------------- curve
@@ -544,17 +678,14 @@ def curve(runs: tuple[str, str] = ("runs/sft", "runs/grpo"), out: str = "tests/l
         runs: Output folders of sft.py and of grpo.py.
         out: The image, or a folder for learning_curve.png.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    pyplot = load_pyplot()
+    from matplotlib import ticker
 
     for folder, script in zip(runs, ("sft.py", "grpo.py")):
         found = (Path(folder) / "metrics.jsonl").exists()
         grpo.require(found, f"--runs {folder} holds no run: `python {script}` makes one")
-    grey, blue, orange, green = "#8a8f98", "#1f5fa8", "#d9730d", "#2a7f4f"
-    pyplot.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.grid": True, "grid.color": "#e6e6e6"})
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), dpi=100, layout="constrained")
+    grey, blue, orange, green = COLOURS.values()
+    image, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), dpi=100, layout="constrained")
     rows = read_metrics(runs[0])
     left.set(title="sft.py", xlabel="step", ylabel="loss, nats per token (log scale)", yscale="log")
     lines = draw(left, rows, "loss", "training loss", color=grey, linewidth=0.8)
@@ -575,7 +706,7 @@ def curve(runs: tuple[str, str] = ("runs/sft", "runs/grpo"), out: str = "tests/l
     right.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
     path = Path(out) / "learning_curve.png" if Path(out).is_dir() else Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    image.savefig(path)
     print(f"wrote {path}")
 
 
@@ -586,5 +717,6 @@ def draw(axes, rows: list[dict], name: str, label: str, **style) -> list:
 
 
 if __name__ == "__main__":
-    commands = {"rollout": rollout, "memory": memory, "grpo": grpo_step, "acceptance": acceptance, "curve": curve}
+    commands = {"rollout": rollout, "memory": memory, "grpo": grpo_step, "acceptance": acceptance}
+    commands |= {"figure": figure, "curve": curve, "resident": resident}
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)

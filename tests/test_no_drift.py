@@ -14,8 +14,8 @@ VARIANTS = [name for name in SCRIPTS if "/" in name]
 PLUMBING = (
     "# " + "-" * 108 + " plumbing"
 )  # Most lines from the header to the end of main, and of the plumbing below it. Caps, not targets.
-BUDGETS = {"sft.py": 550, "rm.py": 550, "dpo.py": 715, "grpo.py": 780, "ppo.py": 960}
-PLUMBING_BUDGET = 540
+BUDGETS = {"sft.py": 550, "rm.py": 550, "dpo.py": 735, "grpo.py": 790, "ppo.py": 985}
+PLUMBING_BUDGET = 550
 
 
 def fields(source: str) -> dict[str, tuple[str, str]]:
