@@ -366,7 +366,9 @@ def select_pairs(rows: list[dict], chat: bool, flag: str) -> list[dict]:
             equal = pair and pair["chosen"] == pair["rejected"]
             empty = pair and not (pair["chosen"].strip() and pair["rejected"].strip())
         except (ValueError, TypeError, LookupError, AttributeError) as error:  # what a malformed row makes it raise
-            raise SystemExit(f"{flag}: row {i} is no pair: {error!r}; the row is {row}") from error
+            raise SystemExit(
+                f"{flag}: `chosen`, `rejected` of row {i} are no pair: {error!r}; the row is {row}"
+            ) from error
         for reason, found in zip(dropped, (equal, pair is None, empty and not equal)):
             dropped[reason] += bool(found)
         if pair is None or equal or empty:
@@ -479,13 +481,13 @@ def score_completions(args: Args) -> dict[str, float]:
     require(args.overwrite or not path.exists(), f"--out: {path} exists: replace it with --overwrite")
     rows = read_dataset(args.dataset, "test", "--dataset", ["chosen+rejected", "prompt+completion"])
     tokenizer, eos_ids = load_tokenizer(args.model, args.max_length)
-    names = ["chosen", "rejected"] if "chosen" in rows[0] else ["completion"]
-    encoder = encode_pair if "chosen" in rows[0] else encode_row
+    is_pair = {"chosen", "rejected"} <= set(rows[0])
+    names, encoder = (["chosen", "rejected"], encode_pair) if is_pair else (["completion"], encode_row)
     encode = functools.partial(encoder, tokenizer, system_prompt=args.system_prompt, eos_ids=eos_ids)
-    if "chosen" in rows[0]:
+    if is_pair:
         rows = select_pairs(rows, bool(tokenizer.chat_template), "--dataset")
     rows, items = encode_rows(encode, rows, args.max_length, "--max-length")
-    sides = [side for item in items for side in (item if len(names) == 2 else [item])]
+    sides = [side for item in items for side in (item if is_pair else [item])]
     reference = sequence_logps(load_reference(args, tokenizer, device), sides, args.micro_batch_tokens)
     policy = load_model(args.model, device)
     logps = sequence_logps(policy, sides, args.micro_batch_tokens)
@@ -494,7 +496,7 @@ def score_completions(args: Args) -> dict[str, float]:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_beside(path, "".join(json.dumps({**row, **score}, default=str) + "\n" for row, score in zip(rows, scores)))
     metrics = {f"{name}_reward": value for name, value in zip(names, rewards.mean(0).tolist())}
-    if len(names) == 2:
+    if is_pair:
         gap = rewards[:, 0] - rewards[:, 1]
         metrics |= {"pair_accuracy": ((gap > 0).float() + 0.5 * (gap == 0)).mean().item(), "margin": gap.mean().item()}
     print(f"wrote {path}: {len(rows):,} rows; " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
@@ -667,7 +669,7 @@ def main(args: Args) -> dict[str, float]:
     tokenizer, eos_ids = load_tokenizer(args.model, args.max_length + args.max_new_tokens)
     encode = functools.partial(encode_pair, tokenizer, system_prompt=args.system_prompt, eos_ids=eos_ids)
     data = []
-    for rows, flag in ((train_rows, "--dataset"), (eval_rows, "evaluation rows")):
+    for rows, flag in ((train_rows, "--dataset"), (eval_rows, "--eval-dataset")):
         rows = select_pairs(rows, bool(tokenizer.chat_template), flag)
         rows, pairs = encode_rows(encode, rows, args.max_length, "--max-length")
         audit(pairs, flag)
@@ -680,7 +682,8 @@ def main(args: Args) -> dict[str, float]:
 
     if run.checkpoint is None:
         reference = load_reference(args, tokenizer, device)
-        references = pair_logps(reference, train_pairs + eval_pairs, args.micro_batch_tokens)  # (N, 2)
+        parts = [pair_logps(reference, pairs, args.micro_batch_tokens) for pairs in (train_pairs, eval_pairs)]
+        references = torch.cat(parts)  # (N, 2)
         del reference
     model = load_model(run.checkpoint or args.model, device, args.gradient_checkpointing)
     peak_lr, beta = args.lr or (5e-5 if model.num_parameters() < 10_000_000 else 1e-6), resolve_beta(args, model)

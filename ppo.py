@@ -118,7 +118,7 @@ class Args:
     """Divides the logits when sampling and in every log-probability."""  # paper: 1.0
     num_epochs: int = 4
     """Passes over each rollout."""  # paper: 1
-    num_minibatches: int = 1
+    num_minibatches: int = 2
     """Parts into which each epoch splits the rollout, an update for each."""  # paper: 8
     clip_eps: float = 0.2
     """Half-width of the band in which the probability ratio is not clipped."""  # paper: 0.2
@@ -147,12 +147,12 @@ class Args:
 
     # optimisation
     lr: float | None = None
-    """Peak learning rate; default: one that suits the size of the model, printed and logged."""  # paper: 1e-5
+    """Peak learning rate; default: one that suits the size of the model, printed and logged."""
     value_lr: float | None = None
     """The value model's peak learning rate; default: as for `lr`."""  # paper: 9e-6
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay of the learning rate after the warm-up, to 0 just after the last step."""
-    warmup_steps: int = 5
+    warmup_steps: int = 8
     """Steps over which the learning rate rises from 0."""
     adam_beta2: float = 0.99
     """Adam's decay rate of the squared gradient."""
@@ -852,8 +852,8 @@ def main(args: Args) -> dict[str, float]:
     value_name = f"{run.checkpoint}/value_model" if run.checkpoint else value_name
     value_model = load_scorer(value_name, device, args.gradient_checkpointing, value_flag, head_scale=0.0)
     reference = load_model(args.model, device).requires_grad_(False) if args.kl_coef or args.kl_stop else None
-    peak_lr = args.lr or (2e-4 if policy.num_parameters() < 10_000_000 else 1e-6)
-    value_peak_lr = args.value_lr or (1e-3 if value_model.num_parameters() < 10_000_000 else 1e-5)
+    peak_lr = args.lr or (1.5e-4 if policy.num_parameters() < 10_000_000 else 1e-6)
+    value_peak_lr = args.value_lr or (2e-3 if value_model.num_parameters() < 10_000_000 else 9e-6)
     adam = functools.partial(torch.optim.AdamW, betas=(0.9, args.adam_beta2), weight_decay=0.0)
     optimizers = {"optimizer": adam(policy.parameters(), peak_lr)}
     optimizers["value_optimizer"] = adam(value_model.parameters(), value_peak_lr)

@@ -108,7 +108,7 @@ class Args:
     batch_size: int = 32
     """Rows per optimizer step."""  # paper: 64
     lr: float | None = None
-    """Peak learning rate; default: one that suits the size of the model, printed and logged."""  # paper: 1.5e-5
+    """Peak learning rate; default: one that suits the size of the model, printed and logged."""  # paper: 9e-6
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Decay of the learning rate after the warm-up, to 0 just after the last step."""  # paper: cosine
     warmup_steps: int = 15
@@ -324,7 +324,9 @@ def select_pairs(rows: list[dict], chat: bool, flag: str) -> list[dict]:
             equal = pair and pair["chosen"] == pair["rejected"]
             empty = pair and not (pair["chosen"].strip() and pair["rejected"].strip())
         except (ValueError, TypeError, LookupError, AttributeError) as error:  # what a malformed row makes it raise
-            raise SystemExit(f"{flag}: row {i} is no pair: {error!r}; the row is {row}") from error
+            raise SystemExit(
+                f"{flag}: `chosen`, `rejected` of row {i} are no pair: {error!r}; the row is {row}"
+            ) from error
         for reason, found in zip(dropped, (equal, pair is None, empty and not equal)):
             dropped[reason] += bool(found)
         if pair is None or equal or empty:
@@ -471,7 +473,7 @@ def main(args: Args) -> dict[str, float]:
     tokenizer, eos_ids = load_tokenizer(args.model, args.max_length)
     encode = functools.partial(encode_scored_pair, tokenizer, system_prompt=args.system_prompt)
     data = []
-    for rows, flag in ((train_rows, "--dataset"), (eval_rows, "evaluation rows")):
+    for rows, flag in ((train_rows, "--dataset"), (eval_rows, "--eval-dataset")):
         rows = select_pairs(rows, bool(tokenizer.chat_template), flag)
         rows, pairs = encode_rows(encode, rows, args.max_length, "--max-length")
         audit(pairs, flag)
@@ -488,7 +490,7 @@ def main(args: Args) -> dict[str, float]:
     name = run.checkpoint or args.model
     model = load_scorer(name, device, args.gradient_checkpointing, "--model", head_scale=1.0, seed=args.seed)
     prepare_reward_model(model, tokenizer, eos_ids)
-    peak_lr = args.lr or (1e-3 if model.num_parameters() < 10_000_000 else 1.5e-5)
+    peak_lr = args.lr or (1e-3 if model.num_parameters() < 10_000_000 else 9e-6)
     optimizer = torch.optim.AdamW(model.parameters(), peak_lr, betas=(0.9, args.adam_beta2), weight_decay=0.0)
     print(f"{model.num_parameters():,} parameters on {device}, {len(train_pairs):,} pairs, peak lr {peak_lr:g}")
     run.start({"optimizer": optimizer}, peak_lr=peak_lr, steps=steps)

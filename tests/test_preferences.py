@@ -941,7 +941,7 @@ MALFORMED = {
 def test_a_row_that_is_no_pair_ends_the_run_and_is_named(script, kind):
     """The message has the flag, the row's number and the row."""
     rows = [LAYOUTS["prompt and texts"], MALFORMED[kind]]
-    with pytest.raises(SystemExit, match=r"^--dataset: row 1 is no pair: .*'chosen'"):
+    with pytest.raises(SystemExit, match=r"^--dataset: .*row 1 are no pair: .*'chosen'"):
         script.select_pairs(rows, True, "--dataset")
 
 

@@ -15,11 +15,16 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import dpo
 import grpo
+import ppo
+import rm
 import sft
 
-SCRIPTS = {"sft": sft, "grpo": grpo}
-BOTH = pytest.mark.parametrize("name", ["sft", "grpo"])
+SCRIPTS = {"sft": sft, "rm": rm, "ppo": ppo, "grpo": grpo, "dpo": dpo}
+ALL = pytest.mark.parametrize("name", list(SCRIPTS))
+ONLINE = pytest.mark.parametrize("name", ["ppo", "grpo"])
+PAIRS = pytest.mark.parametrize("name", ["rm", "dpo"])
 CPU = torch.device("cpu")
 
 REWARDS = """
@@ -79,11 +84,12 @@ def data(tmp_path_factory):
 def settings(name: str, data: Path, tiny_folder: str, out: Path, **changes) -> dict:
     """A run of two small steps, with `changes`."""
     same = {"dataset": f"{data}/rows.jsonl", "out": str(out), "steps": 2, "eval_size": 8, "eval_every": 100}
-    same |= {"save_every": 100, "sample_every": 1, "max_new_tokens": 8, "warmup_steps": 0}
-    own = {"batch_size": 4, "max_length": 200}
-    if name == "grpo":
-        own = {"model": tiny_folder, "prompts_per_step": 4, "group_size": 2, "max_prompt_length": 64}
-        own |= {"reward": (f"{data}/rewards.py:letters",)}
+    same |= {"save_every": 100, "sample_every": 1, "warmup_steps": 0}
+    online = {"model": tiny_folder, "prompts_per_step": 4, "group_size": 2, "max_prompt_length": 64}
+    online |= {"max_new_tokens": 8, "reward": (f"{data}/rewards.py:letters",)}
+    offline = {"model": "tiny" if name == "sft" else tiny_folder, "batch_size": 4, "max_length": 200}
+    offline |= {} if name == "rm" else {"max_new_tokens": 8}
+    own = {"grpo": online, "ppo": {**online, "num_epochs": 2, "num_minibatches": 2}}.get(name, offline)
     return {**same, **own, **changes}
 
 
@@ -97,9 +103,69 @@ def metrics_of(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+ONE_UPDATE = {"num_epochs": 1, "num_minibatches": 1}
+
+
+def one_update(name: str) -> dict:
+    """Changes that make a step of ppo.py one update, as it is in the other scripts."""
+    return ONE_UPDATE if name == "ppo" else {}
+
+
+def auto_class(folder: Path | str):
+    """The class of `transformers` that loads a folder: a classifier if its configuration says so."""
+    kind = json.loads((Path(folder) / "config.json").read_text())["architectures"][0]
+    classifier = kind.endswith("ForSequenceClassification")
+    return transformers.AutoModelForSequenceClassification if classifier else transformers.AutoModelForCausalLM
+
+
 def weights_of(folder: Path | str) -> dict[str, torch.Tensor]:
     """The weights of a folder, in float32."""
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    return auto_class(folder).from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+def default_lr(name: str, flag: str = "lr") -> tuple[float, float]:
+    """The two learning rates (or values of another flag), for tiny and for real models, that a script's source gives
+    where the flag is None."""
+    source = Path(SCRIPTS[name].__file__).read_text()
+    (found,) = re.findall(rf"args\.{flag} or \(([\d.e-]+) if .+? else ([\d.e-]+)\)", source)
+    return float(found[0]), float(found[1])
+
+
+def turn_ids(tokenizer, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    """Prompt and completion, the end of turn included, in the tiny tokenizer's chat template, written out here."""
+    before, after = f"<|user|>{prompt}<|end|><|assistant|>", f"{completion}<|end|>"
+    return tokenizer.encode(before, add_special_tokens=False), tokenizer.encode(after, add_special_tokens=False)
+
+
+@torch.no_grad()
+def logp_of(model, tokenizer, prompt: str, completion: str) -> float:
+    """log pi(completion, EOS | prompt), summed over tokens, from the model's own logits."""
+    before, after = turn_ids(tokenizer, prompt, completion)
+    logprobs = model(input_ids=torch.tensor([before + after])).logits[0].log_softmax(-1)
+    return sum(logprobs[len(before) + k - 1, token].item() for k, token in enumerate(after))
+
+
+@torch.no_grad()
+def reward_of(model, tokenizer, prompt: str, completion: str) -> float:
+    """`score` on the hidden state of the last token of a text, without padding."""
+    before, after = turn_ids(tokenizer, prompt, completion)
+    return (
+        model.model(input_ids=torch.tensor([before + after])).last_hidden_state[0, -1] @ model.score.weight[0]
+    ).item()
+
+
+def softplus(x: float) -> float:
+    """log(1 + exp(x)) = -log sigmoid(-x)."""
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+@pytest.fixture(scope="module")
+def other_folder(tmp_path_factory):
+    """A folder with the tiny model under other random weights."""
+    folder = tmp_path_factory.mktemp("other")
+    sft.tiny_model(1).save_pretrained(folder)
+    sft.tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 def numbers(row: dict) -> list[float]:
@@ -123,7 +189,7 @@ def runs(data, tiny_folder, tmp_path_factory):
 # -------------------------------------------------------------------------------------------------- the folder at --out
 
 
-@BOTH
+@pytest.mark.parametrize("name", ["sft", "ppo", "grpo", "dpo"])
 def test_the_written_folder_loads_and_generates(name, runs):
     """AutoModelForCausalLM and AutoTokenizer read it without missing or surplus weights; it has a chat template and
     generates by model.generate, and ends at the tokenizer's EOS at the latest."""
@@ -140,77 +206,369 @@ def test_the_written_folder_loads_and_generates(name, runs):
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
-@BOTH
+def test_the_folder_of_a_reward_model_loads_as_a_classifier(runs):
+    """AutoModelForSequenceClassification reads it without missing or surplus weights: one label, a pad token that is
+    not the EOS, the same in configuration and tokenizer."""
+    folder = runs["rm"][0]
+    loader = transformers.AutoModelForSequenceClassification
+    model, info = loader.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert model.config.num_labels == 1 and model.score.weight.shape == (1, 128)
+    assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert tokenizer.chat_template and tokenizer.eos_token == "<|end|>"
+
+
+@pytest.mark.parametrize("end", ["<|pad|> is free", "<|pad|> is new"])
+def test_a_reward_model_from_a_folder_whose_pad_is_its_eos(end, data, tmp_path):
+    """transformers reads the score at the last token that is not padding, so rm.py gives the model a pad token of its
+    own, one more row of the embedding if need be. Then a padded batch in transformers, the score by hand without
+    padding, and rm.score agree to 1e-5; ppo.py takes the folder as its reward and starts its value model from it."""
+    tokenizer = sft.tiny_tokenizer()
+    if end == "<|pad|> is new":
+        vocab = {token: i - 1 for token, i in tokenizer.get_vocab().items() if token != "<|pad|>"}
+        markers = [f"<|{role}|>" for role in ("system", "user", "assistant")]
+        special = {"unk_token": None, "eos_token": "<|end|>", "pad_token": "<|end|>", "extra_special_tokens": markers}
+        template, tokenizer = tokenizer.chat_template, transformers.Qwen2Tokenizer(vocab, [], **special)
+        tokenizer.chat_template = template
+    tokenizer.pad_token = tokenizer.eos_token
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, pad_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.Qwen3ForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert ("<|pad|>" in tokenizer.get_vocab()) == (end == "<|pad|> is free")
+    run("rm", data, str(tmp_path / "model"), tmp_path / "rm", steps=3)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm", dtype=torch.float32).eval()
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "rm")
+    assert saved.pad_token == "<|pad|>" and model.config.pad_token_id == saved.pad_token_id != saved.eos_token_id
+    assert len(saved) == model.get_input_embeddings().weight.shape[0] == 261
+    texts = [f"<|user|>{prompt}<|end|><|assistant|>{text}<|end|>" for prompt, text in zip(PROMPTS, COMPLETIONS)]
+    batch = saved(texts, padding=True, return_tensors="pt", add_special_tokens=False)
+    assert (batch["attention_mask"] == 0).any()
+    with torch.no_grad():
+        padded = model(**batch).logits[:, 0].tolist()
+    by_hand = [reward_of(model, saved, prompt, text) for prompt, text in zip(PROMPTS, COMPLETIONS)]
+    assert len({round(value, 3) for value in by_hand}) == 4
+    assert padded == pytest.approx(by_hand, abs=1e-5)
+    pairs = [((ids, [1] * len(ids)),) * 2 for ids in (saved.encode(text, add_special_tokens=False) for text in texts)]
+    scores = rm.score_pairs(model, pairs, max_tokens=1000)
+    assert scores[:, 0].tolist() == pytest.approx(by_hand, abs=1e-5)
+    metrics = run("ppo", data, str(tmp_path / "model"), tmp_path / "ppo", steps=1, reward=(str(tmp_path / "rm"),))
+    assert all(map(math.isfinite, numbers(metrics))) and metrics["value_mean"] != 0.0
+
+
+@ALL
 def test_the_files_of_a_run(name, runs):
     """args.json holds every setting, the resolved learning rate and that the run is finished; samples.jsonl holds
-    prompt, completion and reward at every `sample_every` steps."""
+    prompt, completion and reward (rm.py: both sides and their rewards) at every `sample_every` steps."""
     folder = runs[name][0]
     record = json.loads((folder / "args.json").read_text())
     assert set(record["args"]) == set(SCRIPTS[name].Args.__dataclass_fields__)
-    assert record["resolved"]["peak_lr"] == (2e-3 if name == "sft" else 3e-4) and record["finished"] == 2
+    assert record["resolved"]["peak_lr"] == default_lr(name)[0] and record["finished"] == 2
+    if name == "dpo":
+        assert record["resolved"]["beta"] == default_lr(name, "beta")[0]
+    if name == "ppo":
+        assert record["resolved"]["value_peak_lr"] == default_lr(name, "value_lr")[0]
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert {sample["step"] for sample in samples} == {1, 2}
-    assert all({"prompt", "completion", "reward"} <= set(sample) for sample in samples)
+    keys = {"prompt", "completion", "reward"}
+    if name == "rm":
+        keys = {"prompt", "chosen", "rejected", "chosen_reward", "rejected_reward"}
+    assert all(keys <= set(sample) for sample in samples)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_save_dtype(dtype, data, tiny_folder, tmp_path):
-    """Weights are float32 unless --save-dtype says otherwise; the folder then loads in that format by itself."""
-    run("sft", data, tiny_folder, tmp_path / "out", steps=1, save_dtype=dtype)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+def test_the_samples_of_ppo_are_those_of_its_rollout(runs):
+    """A step of eight completions shows all of them: the mean of their rewards is the step's reward; neighbours share
+    their prompt; the prompts are rows of the data."""
+    folder = runs["ppo"][0]
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    for row in metrics_of(folder)[1:]:
+        own = [sample for sample in samples if sample["step"] == row["step"]]
+        assert len(own) == 8 and all(own[2 * b]["prompt"] == own[2 * b + 1]["prompt"] for b in range(4))
+        assert row["reward"] == pytest.approx(sum(sample["reward"] for sample in own) / 8, abs=1e-6)
+        assert {sample["prompt"] for sample in own} <= {row["prompt"] for row in sft.arithmetic_rows("train", 40)}
+
+
+def test_the_samples_of_rm_are_held_out_pairs_with_their_rewards(runs):
+    """The rewards after the last step are those that the written model gives, by hand and without padding."""
+    folder = runs["rm"][0]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    samples = [sample for sample in samples if sample["step"] == 2]
+    held_out = sft.arithmetic_rows("train", 40)[-8:]
+    assert samples and all(sample["prompt"] in [row["prompt"] for row in held_out] for sample in samples)
+    for sample in samples:
+        for side in ("chosen", "rejected"):
+            expected = reward_of(model, tokenizer, sample["prompt"], sample[side])
+            assert sample[f"{side}_reward"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("sft", "float32"), ("sft", "bfloat16"), ("sft", "float16"), ("rm", "bfloat16"), ("ppo", "bfloat16")],
+)
+def test_save_dtype(name, dtype, data, tiny_folder, tmp_path):
+    """Weights are float32 unless --save-dtype says otherwise; the folder then loads in that format by itself.
+    Checkpoints are float32 in any case, ppo.py's value model among them."""
+    run(name, data, tiny_folder, tmp_path / "out", steps=1, save_dtype=dtype)
+    loader = auto_class(tmp_path / "out")
+    model = loader.from_pretrained(tmp_path / "out", dtype="auto")
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
-    checkpoint = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/checkpoints/step-1", dtype="auto")
-    assert {parameter.dtype for parameter in checkpoint.parameters()} == {torch.float32}
+    checkpoint = tmp_path / "out/checkpoints/step-1"
+    for folder in (checkpoint, *([checkpoint / "value_model"] if name == "ppo" else [])):
+        saved = auto_class(folder).from_pretrained(folder, dtype="auto")
+        assert {parameter.dtype for parameter in saved.parameters()} == {torch.float32}
 
 
-@BOTH
+@ALL
 def test_weights_are_float32_whatever_the_folder_holds(name, data, tiny_folder, tmp_path):
     """From a bfloat16 folder the run trains in float32: one step at the default learning rate gives weights that
-    bfloat16 could not hold, and they are saved in float32."""
+    bfloat16 could not hold, and they are saved in float32. In ppo.py that holds for the value model too."""
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     assert transformers.AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
     run(name, data, tiny_folder, tmp_path / "out", model=str(folder), steps=1)
-    before, after = weights_of(folder), weights_of(tmp_path / "out")
-    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    assert saved.dtype == torch.float32
-    key = "model.layers.0.mlp.up_proj.weight"
-    assert not torch.equal(after[key], before[key])
-    assert not torch.equal(after[key], after[key].bfloat16().float())
+    before, written = weights_of(folder), [tmp_path / "out"]
+    written += [tmp_path / "out/checkpoints/step-1/value_model"] if name == "ppo" else []
+    for path in written:
+        after = weights_of(path)
+        saved = auto_class(path).from_pretrained(path, dtype="auto")
+        assert saved.dtype == torch.float32
+        key = "model.layers.0.mlp.up_proj.weight"
+        assert not torch.equal(after[key], before[key])
+        assert not torch.equal(after[key], after[key].bfloat16().float())
 
 
-@BOTH
+@ALL
 def test_every_parameter_moves_in_one_step_at_the_default_learning_rate(name, data, tiny_folder, tmp_path):
     """Adam's first step moves what has a gradient by the learning rate; the norm weights, which start at 1, too."""
-    changes = {"steps": 1, "model": tiny_folder, "lr_schedule": "constant"}
+    changes = {"steps": 1, "model": tiny_folder, "lr_schedule": "constant", **one_update(name)}
     run(name, data, tiny_folder, tmp_path / "out", **changes)
-    lr = 2e-3 if name == "sft" else 3e-4
+    lr = default_lr(name)[0]
     before, after = weights_of(tiny_folder), weights_of(tmp_path / "out")
+    if name == "rm":
+        before["score.weight"] = rm.load_scorer(tiny_folder, CPU, False, "--model", head_scale=1.0).score.weight.data
+        del before["lm_head.weight"]
+    assert before.keys() == after.keys()
     for key, value in before.items():
         largest = (after[key] - value).abs().max().item()
         assert 0.5 * lr < largest < 1.5 * lr, f"{key} moves by {largest}"
 
 
-def test_the_default_learning_rate_of_a_real_model_is_the_papers():
-    """Ten million parameters are the border: below it the tiny model's value, above it the paper's."""
-    for name, small, large in (("sft", "2e-3", "1e-5"), ("grpo", "3e-4", "1e-6")):
-        source = Path(SCRIPTS[name].__file__).read_text()
-        assert re.search(rf"peak_lr = .*{small}.*10_000_000.*{large}", source)
+def test_the_value_model_moves_at_its_own_default_learning_rate(data, tiny_folder, tmp_path):
+    """From a reward model every parameter of the value model moves by value_lr in its first update. From the policy it
+    has a head of zeros, which passes no gradient on: the head alone moves, and the second update moves the rest."""
+    lr = default_lr("ppo", "value_lr")[0]
+    assert lr != default_lr("ppo")[0]
+    reward = tiny_reward_model(tmp_path / "reward", tiny_folder)
+    changes = {"steps": 1, "lr_schedule": "constant", **ONE_UPDATE}
+    run("ppo", data, tiny_folder, tmp_path / "one", reward=(str(reward),), **changes)
+    before, after = weights_of(reward), weights_of(tmp_path / "one/checkpoints/step-1/value_model")
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        largest = (after[key] - value).abs().max().item()
+        assert 0.5 * lr < largest < 1.5 * lr, f"{key} moves by {largest}"
+    run("ppo", data, tiny_folder, tmp_path / "two", **changes)
+    before, after = weights_of(tiny_folder), weights_of(tmp_path / "two/checkpoints/step-1/value_model")
+    assert 0.5 * lr < after["score.weight"].abs().max().item() < 1.5 * lr
+    assert all(torch.equal(after[key], before[key]) for key in after if key != "score.weight")
+    run("ppo", data, tiny_folder, tmp_path / "three", **{**changes, "num_epochs": 2})
+    after = weights_of(tmp_path / "three/checkpoints/step-1/value_model")
+    assert not any(torch.equal(after[key], before[key]) for key in after if key != "score.weight")
+
+
+def test_the_default_learning_rate_of_a_real_model_is_far_smaller():
+    """Ten million parameters are the border: below it the tiny model's value, above it that of real models: the
+    paper's, or the usual one (for grpo.py, ppo.py and dpo.py 1e-6)."""
+    for name, large in (("sft", 1e-5), ("rm", 9e-6), ("ppo", 1e-6), ("grpo", 1e-6), ("dpo", 1e-6)):
+        small, found = default_lr(name)
+        assert found == large and small > 10 * large
+        assert re.search(r"(peak_lr.*|is_tiny) = .*< 10_000_000", Path(SCRIPTS[name].__file__).read_text())
 
 
 # ---------------------------------------------------------------------------------------------------------- the metrics
 
 
-def test_the_first_step_has_kl_0_and_ratio_1(runs):
+@ONLINE
+def test_the_first_step_has_kl_0_and_ratio_1(name, runs, data, tiny_folder, tmp_path):
     """The reference is the policy as it was loaded, and one update per rollout has no other old policy: every KL of
-    step 1 is exactly 0 and nothing is clipped; sampling and training log-probabilities agree to 1e-5. At step 2 the
-    KL is there."""
-    first, second = metrics_of(runs["grpo"][0])[1:3]
-    for key in ("kl_ref_k1", "kl_ref_k3", "kl_ref_seq", "approx_kl_old", "clip_frac"):
+    step 1 is 0 (exactly, but for ppo.py's minibatch, whose rows are padded otherwise) and nothing is clipped; sampling
+    and training log-probabilities agree to 1e-5. At step 2 the KL is there."""
+    folder = tmp_path / "out" if name == "ppo" else runs["grpo"][0]
+    if name == "ppo":
+        run("ppo", data, tiny_folder, folder, **ONE_UPDATE)
+    first, second = metrics_of(folder)[1:3]
+    for key in ("kl_ref_k1", "kl_ref_k3", "kl_ref_seq", "clip_frac"):
         assert first[key] == 0.0, key
+    for row in (first, second):
+        assert 0.0 <= row["approx_kl_old"] <= (1e-9 if name == "ppo" else 0.0)
     assert 0 < first["sampling_gap_mean"] <= first["sampling_gap_max"] < 1e-5
-    assert second["kl_ref_k3"] > 0 and second["approx_kl_old"] == 0.0
+    assert second["kl_ref_k3"] > 0
+
+
+def test_the_updates_of_a_step_of_ppo_move_the_ratio(runs):
+    """Four updates on one rollout: from the second on the policy is another than the one that sampled."""
+    for row in metrics_of(runs["ppo"][0])[1:]:
+        assert row["num_updates"] == 4 and row["approx_kl_old"] > 1e-9
+        assert row["skipped_updates"] == 0
+    state = torch.load(runs["ppo"][0] / "checkpoints/step-2/state.pt", weights_only=True)
+    for optimizer in ("optimizer", "value_optimizer"):
+        assert {int(value["step"]) for value in state[optimizer]["state"].values()} == {8}
+
+
+def test_the_first_metrics_of_ppo_worked_from_the_rewards(data, tiny_folder, tmp_path):
+    """Completions of one token, a value model from the policy, whose head is 0, and KL 0: so V = 0, A = R = score, and
+    the means over tokens are those over sequences. return_mean = mean score; value_loss = 1/2 mean score^2 = (reward^2
+    + reward_std^2) / 2; explained_variance = 1 - Var(R) / Var(R) = 0; the policy loss at ratio 1 is minus the mean of
+    the whitened advantages, 0, while their gradient is not."""
+    changes = {"max_new_tokens": 1, "prompts_per_step": 8, "steps": 1, "missing_eos_penalty": 0.25, **ONE_UPDATE}
+    (tmp_path / "mine.py").write_text(
+        "def reward(prompts, completions, rows):\n    return [len(prompt) / 4 for prompt in prompts]\n"
+    )
+    run("ppo", data, tiny_folder, tmp_path / "out", reward=(f"{tmp_path}/mine.py:reward",), **changes)
+    row = metrics_of(tmp_path / "out")[1]
+    assert row["reward_std"] > 0.1 and row["completion_length"] == 1.0
+    assert row["value_mean"] == 0.0 and row["return_mean"] == pytest.approx(row["reward"], abs=1e-5)
+    assert row["value_loss"] == pytest.approx((row["reward"] ** 2 + row["reward_std"] ** 2) / 2, rel=1e-4)
+    assert row["explained_variance"] == pytest.approx(0.0, abs=1e-5)
+    assert abs(row["policy_loss"]) < 1e-5 and row["grad_norm"] > 0.1
+    assert row["loss"] == pytest.approx(row["value_loss"], rel=1e-4)
+
+
+def test_the_loss_of_ppo_is_the_weighted_sum_of_its_parts(data, tiny_folder, tmp_path):
+    """policy_loss + vf_coef * value_loss - entropy_coef * entropy + sft_coef * sft_loss. With one update per step the
+    entropy of the rollout is that of the loss. The SFT loss falls."""
+    coefficients = {"vf_coef": 0.5, "entropy_coef": 0.25, "sft_coef": 2.0, "sft_dataset": f"{data}/rows.jsonl"}
+    run("ppo", data, tiny_folder, tmp_path / "out", steps=6, lr=2e-3, **coefficients, **ONE_UPDATE)
+    rows = metrics_of(tmp_path / "out")[1:]
+    for row in rows:
+        parts = row["policy_loss"], 0.5 * row["value_loss"], -0.25 * row["entropy"], 2.0 * row["sft_loss"]
+        assert row["loss"] == pytest.approx(sum(parts), rel=1e-4)
+        assert min(abs(part) for part in parts[1:]) > 1e-3
+    assert rows[-1]["sft_loss"] < rows[0]["sft_loss"] - 0.2
+
+
+def test_the_sft_rows_of_a_step_of_ppo_are_shared_among_its_minibatches(data, tiny_folder, tmp_path):
+    """Four rows for the SFT loss and four prompts a step: each row is drawn once. With a learning rate that moves
+    nothing the SFT loss is the mean over the tokens of all four, from the model's logits, however many minibatches
+    share them."""
+    rows = sft.arithmetic_rows("train", 4)
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = sft.tiny_tokenizer()
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    total = sum(logp_of(model, tokenizer, row["prompt"], row["completion"]) for row in rows)
+    expected = -total / sum(len(turn_ids(tokenizer, row["prompt"], row["completion"])[1]) for row in rows)
+    for count in (1, 4):
+        changes = {"num_minibatches": count, "num_epochs": 1, "lr": 1e-12, "steps": 1}
+        changes |= {"sft_coef": 1.0, "sft_dataset": f"{tmp_path}/sft.jsonl"}
+        run("ppo", data, tiny_folder, tmp_path / str(count), **changes)
+        assert metrics_of(tmp_path / str(count))[1]["sft_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_true_accuracy_of_ppo_stands_beside_the_score_of_a_reward_model(tiny_folder, tmp_path):
+    """A policy that answers every prompt with `#### 2`, right for half of the rows: `accuracy` is the share of the
+    rollout's rows whose answer is 2, while `reward` is what the reward model gives."""
+    prompts = [f"{a}+{b}=" for a in range(5) for b in range(4)]
+    rows = [{"prompt": prompt, "completion": "#### 2", "answer": str(2 + i % 2)} for i, prompt in enumerate(prompts)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, same = str(tmp_path / "model"), {"dataset": f"{tmp_path}/rows.jsonl", "eval_size": 4, "eval_every": 100}
+    sft.main(sft.Args(out=model, steps=40, batch_size=16, warmup_steps=5, max_new_tokens=8, max_length=200, **same))
+    reward = tiny_reward_model(tmp_path / "reward", tiny_folder)
+    online = {"prompts_per_step": 8, "num_minibatches": 1, "num_epochs": 1, "max_new_tokens": 8, "sample_every": 1}
+    ppo.main(ppo.Args(model=model, out=str(tmp_path / "out"), reward=(str(reward),), steps=2, **online, **same))
+    scorer = transformers.AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32).eval()
+    tokenizer, answers = sft.tiny_tokenizer(), {row["prompt"]: row["answer"] for row in rows}
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    for row in metrics_of(tmp_path / "out")[1:]:
+        own = [sample for sample in samples if sample["step"] == row["step"]]
+        lines = [sample["completion"].rpartition("####") for sample in own]
+        right = [line[1] and line[2].strip() == answers[sample["prompt"]] for line, sample in zip(lines, own)]
+        assert len(own) == 8 and row["accuracy"] == pytest.approx(sum(map(bool, right)) / 8) and 0 < row["accuracy"] < 1
+        scores = [reward_of(scorer, tokenizer, sample["prompt"], sample["completion"]) for sample in own]
+        assert row[f"reward/{reward}"] == pytest.approx(sum(scores) / 8, abs=1e-4)
+
+
+@PAIRS
+def test_the_first_loss_of_a_run_on_pairs(name, runs):
+    """dpo.py: the policy is its reference, so z = 0 and the loss ln 2: exactly in the evaluation, which pads as the
+    scoring by the reference did, to the rounding of another padding in step 1. rm.py: near ln 2, but not there."""
+    before, first = metrics_of(runs[name][0])[:2]
+    if name == "rm":
+        assert 0.3 < before["eval/loss"] < 2.0 and 0.3 < first["loss"] < 2.0
+        return
+    for value in (before["eval/loss"], first["loss"]):
+        assert value == pytest.approx(math.log(2), abs=1e-5)
+    for key in ("margin", "chosen_reward", "rejected_reward"):
+        assert before[f"eval/{key}"] == 0.0
+        assert first[key] == pytest.approx(0.0, abs=1e-5)
+    assert before["eval/pair_accuracy"] == 0.5
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.25])
+def test_dpo_against_another_reference_by_hand(label_smoothing, data, tiny_folder, other_folder, tmp_path):
+    """--reference another folder: evaluation before step 1 and the loss of step 1, over all 32 pairs, from the logits
+    of both models: z = beta * ((c - c_ref) - (r - r_ref)), loss = (1 - s) * softplus(-z) + s * softplus(z); without
+    smoothing in the evaluation. Neither is ln 2."""
+    changes = {"beta": 0.5, "batch_size": 32, "steps": 1, "reference": other_folder, "label_smoothing": label_smoothing}
+    run("dpo", data, tiny_folder, tmp_path / "out", **changes)
+    tokenizer, rows = sft.tiny_tokenizer(), sft.arithmetic_rows("train", 40)
+    policy, reference = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (tiny_folder, other_folder)
+    )
+    rewards = []
+    for row in rows:
+        pair = [(row["prompt"], row[side]) for side in ("chosen", "rejected")]
+        logps = [[logp_of(model, tokenizer, *texts) for texts in pair] for model in (policy, reference)]
+        rewards.append([0.5 * (logps[0][k] - logps[1][k]) for k in (0, 1)])
+    z = [chosen - rejected for chosen, rejected in rewards]
+    before, first = metrics_of(tmp_path / "out")[:2]
+    expected = sum(softplus(-x) for x in z[32:]) / 8
+    assert abs(expected - math.log(2)) > 0.02
+    assert before["eval/loss"] == pytest.approx(expected, abs=1e-4)
+    assert before["eval/margin"] == pytest.approx(sum(z[32:]) / 8, abs=1e-4)
+    assert before["eval/pair_accuracy"] == pytest.approx(sum(x > 0 for x in z[32:]) / 8)
+    for k, side in enumerate(("chosen", "rejected")):
+        assert before[f"eval/{side}_reward"] == pytest.approx(sum(pair[k] for pair in rewards[32:]) / 8, abs=1e-4)
+    s = label_smoothing
+    expected = sum((1 - s) * softplus(-x) + s * softplus(x) for x in z[:32]) / 32
+    assert first["loss"] == pytest.approx(expected, abs=1e-4)
+    assert first["margin"] == pytest.approx(sum(z[:32]) / 32, abs=1e-4)
+
+
+@pytest.mark.parametrize("with_margin", [False, True])
+def test_the_loss_of_rm_by_hand(with_margin, data, tiny_folder, tmp_path):
+    """The loss of step 1 over all 32 pairs, from rewards that transformers gives without padding: softplus(-(r_c - r_r
+    - margin)) + center_coef * (r_c + r_r)^2, with the column `margin` where there is one; the evaluation without
+    either. The rewards are those of a finished run of rm.py, whose folder rm.py goes on from."""
+    run("rm", data, tiny_folder, tmp_path / "first")
+    rows = sft.arithmetic_rows("train", 40)
+    if with_margin:
+        rows = [{**row, "margin": (i % 5) / 2 - 0.5} for i, row in enumerate(rows)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"dataset": f"{tmp_path}/rows.jsonl", "center_coef": 0.5, "batch_size": 32, "steps": 1}
+    run("rm", data, str(tmp_path / "first"), tmp_path / "out", **changes)
+    loader = transformers.AutoModelForSequenceClassification
+    model = loader.from_pretrained(tmp_path / "first", dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "first")
+    rewards = [
+        [reward_of(model, tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")] for row in rows
+    ]
+    before, first = metrics_of(tmp_path / "out")[:2]
+    expected = sum(
+        softplus(row.get("margin", 0.0) - c + r) + 0.5 * (c + r) ** 2 for row, (c, r) in zip(rows[:32], rewards)
+    )
+    assert first["loss"] == pytest.approx(expected / 32, rel=1e-4)
+    assert first["margin"] == pytest.approx(sum(c - r for c, r in rewards[:32]) / 32, abs=1e-4)
+    assert first["reward_mean"] == pytest.approx(sum(c + r for c, r in rewards[:32]) / 64, abs=1e-4)
+    assert before["eval/loss"] == pytest.approx(sum(softplus(r - c) for c, r in rewards[32:]) / 8, abs=1e-4)
+    assert before["eval/pair_accuracy"] == pytest.approx(sum(c > r for c, r in rewards[32:]) / 8)
 
 
 def test_the_loss_of_the_first_step_is_the_policy_gradient_loss_worked_from_its_parts(data, tiny_folder, tmp_path):
@@ -221,10 +579,10 @@ def test_the_loss_of_the_first_step_is_the_policy_gradient_loss_worked_from_its_
     assert abs(row["loss"]) < 1e-6 and row["grad_norm"] > 0.1 and row["adv_abs_mean"] > 0.1
 
 
-@BOTH
+@ALL
 def test_documented_metrics_are_there(name, data, tiny_folder, tmp_path):
     """Every metric that the header names is in metrics.jsonl, and every key of metrics.jsonl is in the header."""
-    changes = {"num_epochs": 2, "sft_coef": 0.1, "sft_dataset": f"{data}/rows.jsonl"} if name == "grpo" else {}
+    changes = {"num_epochs": 2, "sft_coef": 0.1, "sft_dataset": f"{data}/rows.jsonl"} if name in ("ppo", "grpo") else {}
     metrics = run(name, data, tiny_folder, tmp_path / "out", **changes)
     rows = metrics_of(tmp_path / "out")
     keys = set().union(*rows) | {key for key in metrics if key.startswith("before/")}
@@ -234,7 +592,20 @@ def test_documented_metrics_are_there(name, data, tiny_folder, tmp_path):
         if line.startswith("  ") and not line.startswith("    "):
             names = re.split(r"  +", line.strip())[0]
             documented |= {word for word in re.findall(r"[\w/*]+", names) if re.search(r"[a-z]", word)}
-    documented = {word.replace("NAME", "*") for word in documented}
+    if "eval/" in documented:  # dpo.py: eval/... are the first seven on held-out pairs
+        assert name == "dpo" and "the first seven on held-out pairs" in table
+        seven = [
+            "loss",
+            "pair_accuracy",
+            "margin",
+            "chosen_reward",
+            "rejected_reward",
+            "chosen_logps",
+            "rejected_logps",
+        ]
+        assert set(seven) <= documented
+        documented = documented - {"eval/"} | {f"eval/{word}" for word in seven}
+    documented = {re.sub("NAME|(?<=_)K$", "*", word) for word in documented}
     assert len(documented) >= 6
     for word in documented:
         pattern = re.escape(word).replace(r"\*", ".+")
@@ -247,7 +618,7 @@ def test_documented_metrics_are_there(name, data, tiny_folder, tmp_path):
         assert found or common, f"{key} is logged and not documented"
 
 
-@BOTH
+@ALL
 def test_main_returns_the_last_row_and_the_first_evaluation(name, runs):
     """before/... is the evaluation of step 0, eval/... that of the last step."""
     folder, metrics = runs[name]
@@ -255,10 +626,13 @@ def test_main_returns_the_last_row_and_the_first_evaluation(name, runs):
     assert [row["step"] for row in rows] == [0, 1, 2]
     for key, value in rows[-1].items():
         assert metrics[key] == value
-    for key in ("accuracy_sampled", "accuracy_greedy", "answered_sampled", "answered_greedy"):
+    expected = {"accuracy_sampled", "accuracy_greedy", "answered_sampled", "answered_greedy"} if name != "rm" else set()
+    expected |= {"loss", "pair_accuracy", "margin"} if name in ("rm", "dpo") else set()
+    assert expected <= {key[5:] for key in rows[0] if key.startswith("eval/")}
+    for key in [key[5:] for key in rows[0] if key.startswith("eval/")]:
         assert metrics[f"before/{key}"] == rows[0][f"eval/{key}"]
         assert f"eval/{key}" in metrics
-    if name == "sft":
+    if name in ("sft", "dpo"):
         assert metrics["before/loss"] > metrics["eval/loss"]
     assert all(map(math.isfinite, numbers(metrics)))
 
@@ -274,72 +648,90 @@ def test_the_loss_of_sft_is_the_mean_over_all_trained_tokens_however_it_is_split
         assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-5), key
 
 
-def test_metrics_of_grpo_do_not_depend_on_the_micro_batches(data, tiny_folder, tmp_path):
-    """The same for all that is averaged over tokens or sequences, with two epochs; a maximum is the largest of all."""
+@pytest.mark.parametrize("name", ["rm", "ppo", "grpo", "dpo"])
+def test_metrics_do_not_depend_on_the_micro_batches(name, data, tiny_folder, other_folder, tmp_path):
+    """The same for all that is averaged over tokens, sequences or pairs, in the online scripts with two epochs; a
+    maximum is the largest of all."""
     rows = []
     for size in (16384, 1):
-        changes = {"micro_batch_tokens": size, "num_epochs": 2, "rollout_batch_size": 16384 if size > 1 else 2}
-        run("grpo", data, tiny_folder, tmp_path / str(size), steps=1, **changes)
+        changes = {"micro_batch_tokens": size}
+        if name == "dpo":
+            changes |= {"reference": other_folder}
+        if name in ("ppo", "grpo"):
+            changes |= {"num_epochs": 2, "rollout_batch_size": 16384 if size > 1 else 2}
+        run(name, data, tiny_folder, tmp_path / str(size), steps=1, **changes)
         rows.append(metrics_of(tmp_path / str(size))[1])
+    assert rows[0].keys() == rows[1].keys() and len(rows[0]) > 12
     for key in rows[0]:
-        if not key.startswith("time/"):
+        if rows[0][key] is None:  # an empty bin of the calibration
+            assert rows[1][key] is None, key
+        elif not key.startswith("time/"):
             assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-3, abs=2e-6), key
 
 
 # ------------------------------------------------------------------------------------------------------------------ NaN
 
 
+LOSSES = {
+    "sft": "sft_loss",
+    "rm": "bradley_terry_loss",
+    "ppo": "policy_loss",
+    "grpo": "grpo_loss",
+    "dpo": "dpo_loss",
+}
+
+
 def spoil(monkeypatch, module, function: str, calls: set[int]) -> list[int]:
-    """Makes the loss function return NaN at these calls, counted from 1; returns the list that counts them."""
+    """Makes the loss function return NaN at these calls in training, counted from 1; returns the list that counts
+    them. Evaluations, which call it without gradient, are not counted."""
     original, count = getattr(module, function), []
 
     def spoiled(*args, **kwargs):
+        result = original(*args, **kwargs)
+        loss, *rest = result if isinstance(result, tuple) else (result,)
+        if not loss.requires_grad:
+            return result
         count.append(1)
-        loss = original(*args, **kwargs)
-        return loss * math.nan if len(count) in calls else loss
+        loss = loss * math.nan if len(count) in calls else loss
+        return (loss, *rest) if rest else loss
 
     monkeypatch.setattr(module, function, spoiled)
     return count
 
 
-@pytest.mark.parametrize(("name", "function"), [("sft", "sft_loss"), ("grpo", "grpo_loss")])
-def test_an_update_that_is_not_finite_is_skipped_and_counted(
-    name, function, data, tiny_folder, tmp_path, monkeypatch, capsys
-):
+@ALL
+def test_an_update_that_is_not_finite_is_skipped_and_counted(name, data, tiny_folder, tmp_path, monkeypatch, capsys):
     """NaN at step 2 of 3: that step leaves weights and optimizer as they are, says so, and counts; the run goes on, and
-    what it saves is finite. (steps have one micro-batch, so call 2 is step 2.)"""
-    module = SCRIPTS[name]
-    spoil(monkeypatch, module, function, {2})
-    run(name, data, tiny_folder, tmp_path / "out", steps=3, save_every=1, lr=1e-3, lr_schedule="constant")
+    what it saves is finite. (steps have one micro-batch, so call 2 is step 2.) ppo.py's value model, whose own gradient
+    was finite, waits as well."""
+    spoil(monkeypatch, SCRIPTS[name], LOSSES[name], {2})
+    changes = {"lr": 1e-3, "lr_schedule": "constant", **one_update(name)}
+    run(name, data, tiny_folder, tmp_path / "out", steps=3, save_every=1, **changes)
     assert "skipped" in capsys.readouterr().out
     rows = metrics_of(tmp_path / "out")
     assert [row["skipped_updates"] for row in rows] == [0, 0, 1, 1]
-    checkpoints = {step: tmp_path / "out" / "checkpoints" / f"step-{step}" for step in (2, 3)}
-    for folder in checkpoints.values():
-        states = torch.load(folder / "state.pt", weights_only=True)["optimizer"]["state"]
-        assert all(torch.isfinite(value).all() for state in states.values() for value in state.values())
-        assert all(torch.isfinite(value).all() for value in weights_of(folder).values())
-    steps = [
-        {
-            int(state["step"])
-            for state in torch.load(folder / "state.pt", weights_only=True)["optimizer"]["state"].values()
-        }
-        for folder in checkpoints.values()
-    ]
-    assert steps == [{1}, {2}]
-    straight = weights_of(tmp_path / "out")
-    run(name, data, tiny_folder, tmp_path / "one", steps=1, lr=1e-3, lr_schedule="constant")
-    for key, value in weights_of(tmp_path / "one").items():
-        assert torch.equal(value, weights_of(checkpoints[2])[key]), f"step 2 changed {key}"
-    assert any(not torch.equal(value, straight[key]) for key, value in weights_of(checkpoints[2]).items())
+    run(name, data, tiny_folder, tmp_path / "one", steps=1, **changes)
+    for optimizer, model in (("optimizer", ""), *([("value_optimizer", "value_model")] if name == "ppo" else [])):
+        checkpoints = {step: tmp_path / "out" / "checkpoints" / f"step-{step}" for step in (2, 3)}
+        steps = []
+        for folder in checkpoints.values():
+            states = torch.load(folder / "state.pt", weights_only=True)[optimizer]["state"]
+            assert all(torch.isfinite(value).all() for state in states.values() for value in state.values())
+            assert all(torch.isfinite(value).all() for value in weights_of(folder / model).values())
+            steps.append({int(state["step"]) for state in states.values()})
+        assert steps == [{1}, {2}]
+        after = {step: weights_of(folder / model) for step, folder in checkpoints.items()}
+        for key, value in weights_of(tmp_path / "one/checkpoints/step-1" / model).items():
+            assert torch.equal(value, after[2][key]), f"step 2 changed {key}"
+        assert any(not torch.equal(value, after[3][key]) for key, value in after[2].items())
 
 
-@pytest.mark.parametrize(("name", "function"), [("sft", "sft_loss"), ("grpo", "grpo_loss")])
-def test_ten_updates_in_a_row_that_are_not_finite_end_the_run(name, function, data, tiny_folder, tmp_path, monkeypatch):
+@ALL
+def test_ten_updates_in_a_row_that_are_not_finite_end_the_run(name, data, tiny_folder, tmp_path, monkeypatch):
     """Nine in a row, one good and then ten in a row: the run ends at call 20, not before."""
-    calls = spoil(monkeypatch, SCRIPTS[name], function, {*range(1, 10), *range(11, 100)})
+    calls = spoil(monkeypatch, SCRIPTS[name], LOSSES[name], {*range(1, 10), *range(11, 100)})
     with pytest.raises(SystemExit) as info:
-        run(name, data, tiny_folder, tmp_path / "out", steps=40, sample_every=100)
+        run(name, data, tiny_folder, tmp_path / "out", steps=40, sample_every=100, **one_update(name))
     assert len(calls) == 20
     assert "--lr" in str(info.value)
 
@@ -355,10 +747,10 @@ def test_skipped_updates_in_a_row_are_counted_across_a_resume(data, tiny_folder,
     assert [row["step"] for row in metrics_of(tmp_path / "out")][-1] in (9, 10)
 
 
-@BOTH
+@ALL
 def test_metrics_stay_json_when_an_update_is_skipped(name, data, tiny_folder, tmp_path, monkeypatch):
     """NaN is no JSON: a strict reader reads every line of metrics.jsonl."""
-    spoil(monkeypatch, SCRIPTS[name], f"{name}_loss", {1})
+    spoil(monkeypatch, SCRIPTS[name], LOSSES[name], {1})
     run(name, data, tiny_folder, tmp_path / "out")
 
     def refuse(constant: str):
@@ -467,6 +859,18 @@ def reward_model(folder: Path, architecture: str, chat_template: bool) -> Path:
     return folder
 
 
+def tiny_reward_model(folder: Path, tiny_folder: str) -> Path:
+    """A reward model with the tiny model's weights and tokenizer, its head drawn wide enough to tell texts apart."""
+    shutil.copytree(tiny_folder, folder)
+    config = transformers.AutoConfig.from_pretrained(tiny_folder, num_labels=1)
+    torch.manual_seed(0)
+    loader = transformers.AutoModelForSequenceClassification
+    model = loader.from_pretrained(tiny_folder, config=config, dtype=torch.float32)
+    torch.nn.init.normal_(model.score.weight, std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
 PROMPTS = ["1+2=", "3+4+5+6+7=", "9+9=", "0+0="]
 COMPLETIONS = ["#### 3", "3+4=7\n7+5=12\n12+6=18\n18+7=25\n#### 25", "", "what?"]
 
@@ -524,12 +928,15 @@ def test_an_encoder_gets_its_own_special_tokens_or_is_refused(tmp_path):
         assert scores == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_reward_model_and_a_function_are_added_with_their_weights(data, tiny_folder, tmp_path):
+@ONLINE
+def test_a_reward_model_and_a_function_are_added_with_their_weights(name, data, tiny_folder, tmp_path):
     """A run with a reward model, a function and the format: the reward of a step is the weighted sum of the three
-    means, each logged under its own name."""
+    means, each logged under its own name. (The reward model has another tokenizer, so ppo.py's value model starts from
+    the policy; the penalty of ppo.py is off.)"""
     folder = reward_model(tmp_path / "reward", "Qwen3", True)
     names, weights = (str(folder), f"{data}/rewards.py:letters", "format"), (0.5, -2.0, 1.0)
-    run("grpo", data, tiny_folder, tmp_path / "out", reward=names, reward_weights=weights)
+    changes = {"value_model": tiny_folder, "missing_eos_penalty": 0.0} if name == "ppo" else {}
+    run(name, data, tiny_folder, tmp_path / "out", reward=names, reward_weights=weights, **changes)
     for row in metrics_of(tmp_path / "out")[1:]:
         parts = [row[key] for key in row if key.startswith("reward/")]
         assert len(parts) == 3
@@ -538,7 +945,8 @@ def test_a_reward_model_and_a_function_are_added_with_their_weights(data, tiny_f
         assert row["reward"] != pytest.approx(sum(parts), abs=1e-3)
 
 
-def test_a_reward_function_gets_prompts_completions_and_rows_in_step(data, tiny_folder, tmp_path):
+@ONLINE
+def test_a_reward_function_gets_prompts_completions_and_rows_in_step(name, data, tiny_folder, tmp_path):
     """It is called with texts and with the rows that they belong to, all columns included, `group_size` neighbours per
     prompt; no special token is left in the text."""
     (tmp_path / "mine.py").write_text(
@@ -548,7 +956,7 @@ def test_a_reward_function_gets_prompts_completions_and_rows_in_step(data, tiny_
         "        file.write(json.dumps([prompts, completions, rows]) + '\\n')\n"
         "    return [len(text) for text in completions]\n"
     )
-    run("grpo", data, tiny_folder, tmp_path / "out", steps=1, reward=(f"{tmp_path}/mine.py:reward",))
+    run(name, data, tiny_folder, tmp_path / "out", steps=1, reward=(f"{tmp_path}/mine.py:reward",))
     calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
     assert [len(call[0]) for call in calls] == [1, 8, 8, 8, 8, 8]  # trial, evaluation twice, rollout, evaluation twice
     known = {json.dumps(json.loads(line)) for line in (data / "rows.jsonl").read_text().splitlines()}
@@ -560,11 +968,12 @@ def test_a_reward_function_gets_prompts_completions_and_rows_in_step(data, tiny_
     assert prompts[::2] == prompts[1::2] and len(set(prompts)) == 4
 
 
-def test_truncated_completions_are_counted_and_pay_the_penalty(data, tiny_folder, tmp_path):
+@ONLINE
+def test_truncated_completions_are_counted_and_pay_the_penalty(name, data, tiny_folder, tmp_path):
     """Completions of one token hardly ever end: the reward is 1 less the penalty for those that did not, and the share
     of them is logged. The reward before the penalty keeps its own name."""
     changes = {"reward": (f"{data}/rewards.py:constant",), "max_new_tokens": 1, "prompts_per_step": 8, "steps": 1}
-    run("grpo", data, tiny_folder, tmp_path / "out", missing_eos_penalty=0.5, **changes)
+    run(name, data, tiny_folder, tmp_path / "out", missing_eos_penalty=0.5, **changes)
     row = metrics_of(tmp_path / "out")[1]
     assert 0.5 < row["truncated_frac"] <= 1.0 and row["completion_length"] == 1.0
     assert row["reward"] == pytest.approx(1 - 0.5 * row["truncated_frac"])
@@ -593,6 +1002,22 @@ def test_a_tiny_target_kl_ends_the_epochs_early(data, tiny_folder, tmp_path, mon
     assert all(torch.equal(value, stopped[key]) for key, value in one.items())
 
 
+def test_a_tiny_target_kl_ends_the_updates_of_a_step_of_ppo_early(data, tiny_folder, tmp_path):
+    """Two epochs of two minibatches are four updates a step. With --target-kl 1e-9 the drift after the first update is
+    past it: each step does one update of either model, and num_updates says so."""
+    updates = {}
+    for name, target_kl in (("four", None), ("stopped", 1e-9)):
+        run("ppo", data, tiny_folder, tmp_path / name, target_kl=target_kl)
+        state = torch.load(tmp_path / name / "checkpoints" / "step-2" / "state.pt", weights_only=True)
+        for optimizer in ("optimizer", "value_optimizer"):
+            updates[name, optimizer] = {int(value["step"]) for value in state[optimizer]["state"].values()}
+    assert updates["four", "optimizer"] == updates["four", "value_optimizer"] == {8}
+    assert updates["stopped", "optimizer"] == updates["stopped", "value_optimizer"] == {2}
+    assert [row["num_updates"] for row in metrics_of(tmp_path / "four")[1:]] == [4, 4]
+    assert [row["num_updates"] for row in metrics_of(tmp_path / "stopped")[1:]] == [1, 1]
+    assert all(row["approx_kl_old"] > 0 for row in metrics_of(tmp_path / "stopped")[1:])
+
+
 def test_the_sft_loss_is_mixed_in(data, tiny_folder, tmp_path):
     """With constant rewards and no KL the SFT loss alone trains: it is logged, it falls, and the loss is half of it."""
     changes = {"reward": (f"{data}/rewards.py:constant",), "kl_coef": 0.0, "steps": 6, "lr": 2e-3}
@@ -606,19 +1031,21 @@ def test_the_sft_loss_is_mixed_in(data, tiny_folder, tmp_path):
 # --------------------------------------------------------------------------------------------------- data of every kind
 
 
-def test_gsm8k_rows_run_through_both_scripts(data, tiny_folder, tmp_path):
-    """question + answer, as GSM8K is published: sft.py, then grpo.py on its folder with the same file and the exact
-    reward. All metrics are finite, samples are readable, the trained text closes with the answer line."""
+def test_gsm8k_rows_run_through_sft_grpo_and_ppo(data, tiny_folder, tmp_path):
+    """question + answer, as GSM8K is published: sft.py, then grpo.py and ppo.py on its folder with the same file and
+    the exact reward. All metrics are finite, samples are readable, the trained text closes with the answer line."""
     (tmp_path / "sft").mkdir()
     changes = {"dataset": f"{data}/gsm8k.jsonl", "max_new_tokens": 24, "steps": 2}
-    first = run("sft", data, tiny_folder, tmp_path / "sft", max_length=400, **changes)
+    runs = [run("sft", data, tiny_folder, tmp_path / "sft", max_length=400, **changes)]
     changes |= {"model": str(tmp_path / "sft"), "reward": ("exact", "format"), "max_prompt_length": 300}
-    second = run("grpo", data, tiny_folder, tmp_path / "grpo", system_prompt="End with `#### answer`.", **changes)
-    for metrics in (first, second):
+    for name in ("grpo", "ppo"):
+        runs.append(run(name, data, tiny_folder, tmp_path / name, system_prompt="End with `#### answer`.", **changes))
+        assert {"reward/exact", "reward/format"} <= set(runs[-1])
+    for metrics in runs:
+        metrics = {key: value for key, value in metrics.items() if key != "explained_variance"}  # rewards may be equal
         assert metrics["step"] == 2 and all(map(math.isfinite, numbers(metrics)))
         assert "eval/accuracy_sampled" in metrics and "before/accuracy_greedy" in metrics
-    assert {"reward/exact", "reward/format"} <= set(second)
-    for folder in (tmp_path / "sft", tmp_path / "grpo"):
+    for folder in (tmp_path / "sft", tmp_path / "grpo", tmp_path / "ppo"):
         samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
         assert samples and all("apples" in str(sample["prompt"]) for sample in samples)
 
@@ -632,59 +1059,199 @@ def test_messages_run_through_sft_and_every_assistant_turn_is_trained(data, tiny
     assert len(shown) == 2 and shown[0].endswith("<|end|>") and "####" in shown[0] and shown[1] == "done<|end|>"
 
 
-def test_evaluation_rows_are_kept_out_of_training(data, tiny_folder, tmp_path, capsys):
+def layouts(rows: list[dict]) -> dict[str, list[dict]]:
+    """The same conversations of three turns, chosen and rejected: as text in the layout of HH-RLHF, as messages from
+    beginning to end, and as a prompt of messages with the last turns as text."""
+    result = {"text": [], "messages": [], "prompt": []}
+    for row in rows:
+        before = f"\n\nHuman: {row['prompt']}\n\nAssistant: Let me see.\n\nHuman: Go on.\n\nAssistant:"
+        turns = [("user", row["prompt"]), ("assistant", "Let me see."), ("user", "Go on.")]
+        prompt = [{"role": role, "content": content} for role, content in turns]
+        sides = {side: row[side] for side in ("chosen", "rejected")}
+        result["text"].append({side: f"{before} {text}" for side, text in sides.items()})
+        ends = {side: [*prompt, {"role": "assistant", "content": text}] for side, text in sides.items()}
+        result["messages"].append(ends)
+        result["prompt"].append({"prompt": prompt, **sides})
+    return result
+
+
+@PAIRS
+def test_three_layouts_of_the_same_conversations_train_the_same_model(name, data, tiny_folder, tmp_path, capsys):
+    """HH-RLHF's text, whole conversations of messages, and a prompt beside two answers: the rows of all three are the
+    same conversations, so the weights are the same, bit for bit. All that is scored or trained is shown once: the
+    markers of HH-RLHF have become turns. There is no answer, so there is no accuracy."""
+    finals = {}
+    for layout, rows in layouts(sft.arithmetic_rows("train", 40)).items():
+        (tmp_path / f"{layout}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        dataset = {"dataset": f"{tmp_path}/{layout}.jsonl", "max_length": 300}
+        metrics = run(name, data, tiny_folder, tmp_path / layout, **dataset)
+        text = capsys.readouterr().out
+        assert metrics["step"] == 2 and all(map(math.isfinite, numbers(metrics)))
+        assert "eval/pair_accuracy" in metrics and not [key for key in metrics if "eval/accuracy" in key]
+        shown = (
+            r"<\|user\|>[\d+]+=<\|end\|><\|assistant\|>Let me see\.<\|end\|><\|user\|>Go on\.<\|end\|><\|assistant\|>"
+        )
+        completion = r"«\d[^«»]*#### \d+<\|end\|>»" if name == "dpo" else r"\d[^«»]*#### \d+«<\|end\|>»"
+        assert re.search(shown + completion, text), text
+        assert "Human" not in text
+        finals[layout] = (tmp_path / layout / "model.safetensors").read_bytes()
+    assert finals["text"] == finals["messages"] == finals["prompt"]
+
+
+@PAIRS
+def test_pairs_that_hold_no_preference_are_dropped_and_counted(name, data, tiny_folder, tmp_path, capsys):
+    """Of 32 rows in HH-RLHF's layout three have equal sides, two part before the last turn and one has an empty side:
+    26 are trained on. A pair that is there twice is kept and mentioned. The 8 rows of the evaluation are whole."""
+    rows = layouts(sft.arithmetic_rows("train", 40))["text"]
+    for i in (0, 3, 5):
+        rows[i]["rejected"] = rows[i]["chosen"]
+    for i in (7, 8):
+        rows[i]["rejected"] = rows[i]["rejected"].replace("Let me see.", "Well.")
+    rows[9]["rejected"] = rows[9]["rejected"].rpartition("Assistant:")[0] + "Assistant: "
+    rows[11] = rows[10]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(name, data, tiny_folder, tmp_path / "out", dataset=f"{tmp_path}/rows.jsonl", max_length=300, steps=1)
+    text = capsys.readouterr().out
+    dropped = re.search(r"--dataset: dropped of 32 pairs: (.*)", text).group(1)
+    assert "3 with equal sides" in dropped and "2 with sides that" in dropped and "1 with an empty side" in dropped
+    assert re.search(r"--dataset: 1 pairs? repeats? .* 0 contradict", text)
+    assert "--dataset: 26 pairs" in text and ", 26 pairs" in text and "--eval-dataset: 8 pairs" in text
+
+
+def test_dpo_scores_pairs_without_training(data, tiny_folder, other_folder, tmp_path, capsys):
+    """--score-only writes beta * (log pi - log pi_ref) of both sides of every row, from the two models' own logits, and
+    nothing else; main returns the means, the accuracy and the margin."""
+    changes = {"score_only": True, "reference": other_folder, "beta": 0.3}
+    metrics = run("dpo", data, tiny_folder, tmp_path / "out", **changes)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["implicit_rewards.jsonl"]
+    scored = [json.loads(line) for line in (tmp_path / "out/implicit_rewards.jsonl").read_text().splitlines()]
+    rows, tokenizer = sft.arithmetic_rows("train", 40), sft.tiny_tokenizer()
+    policy, reference = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (tiny_folder, other_folder)
+    )
+    assert len(scored) == 40
+    expected = []
+    for row, result in zip(rows, scored):
+        assert {key: result[key] for key in row} == row
+        pair = []
+        for side in ("chosen", "rejected"):
+            logps = [logp_of(model, tokenizer, row["prompt"], row[side]) for model in (policy, reference)]
+            pair.append(0.3 * (logps[0] - logps[1]))
+            assert result[f"{side}_reward"] == pytest.approx(pair[-1], abs=1e-4)
+        expected.append(pair)
+    assert len({round(chosen, 3) for chosen, _ in expected}) > 20
+    assert metrics["chosen_reward"] == pytest.approx(sum(chosen for chosen, _ in expected) / 40, abs=1e-4)
+    assert metrics["rejected_reward"] == pytest.approx(sum(rejected for _, rejected in expected) / 40, abs=1e-4)
+    assert metrics["pair_accuracy"] == pytest.approx(sum(chosen > rejected for chosen, rejected in expected) / 40)
+    assert metrics["margin"] == pytest.approx(sum(chosen - rejected for chosen, rejected in expected) / 40, abs=1e-4)
+
+
+def test_dpo_scores_completions_without_training(data, tiny_folder, other_folder, tmp_path):
+    """The same for rows of prompt + completion, under a system prompt: one reward each. --overwrite replaces the
+    file; the model and its reference may be the same, and then all rewards are 0."""
+    rows = [{key: row[key] for key in ("prompt", "completion")} for row in sft.arithmetic_rows("train", 12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"score_only": True, "beta": 0.3, "system_prompt": "Add.", "dataset": f"{tmp_path}/rows.jsonl"}
+    metrics = run("dpo", data, tiny_folder, tmp_path / "out", reference=other_folder, **changes)
+    file, tokenizer = tmp_path / "out/implicit_rewards.jsonl", sft.tiny_tokenizer()
+    policy, reference = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (tiny_folder, other_folder)
+    )
+    expected = []
+    for row in rows:
+        ids = tokenizer.encode(f"<|system|>Add.<|end|><|user|>{row['prompt']}<|end|><|assistant|>")
+        length = len(ids)
+        ids += tokenizer.encode(f"{row['completion']}<|end|>")
+        logps = []
+        for model in (policy, reference):
+            with torch.no_grad():
+                logprobs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+            logps.append(sum(logprobs[t - 1, ids[t]].item() for t in range(length, len(ids))))
+        expected.append(0.3 * (logps[0] - logps[1]))
+    scored = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [{key: result[key] for key in ("prompt", "completion")} for result in scored] == rows
+    assert [result["completion_reward"] for result in scored] == pytest.approx(expected, abs=1e-4)
+    assert metrics == {"completion_reward": pytest.approx(sum(expected) / 12, abs=1e-4)}
+    run("dpo", data, tiny_folder, tmp_path / "out", reference=tiny_folder, overwrite=True, **changes)
+    assert [json.loads(line)["completion_reward"] for line in file.read_text().splitlines()] == [0.0] * 12
+
+
+@ALL
+def test_the_system_prompt_stands_in_front_of_every_prompt(name, data, tiny_folder, tmp_path, capsys):
+    """It is part of what the model reads, never of what is trained."""
+    run(name, data, tiny_folder, tmp_path / "out", steps=1, system_prompt="Add them up.")
+    text = capsys.readouterr().out
+    first = text.partition("trained tokens in «»")[2].partition("\n")[2].partition("first micro-batch")[0]
+    assert re.match(r"<\|system\|>Add them up\.<\|end\|><\|user\|>[\d+]+=<\|end\|><\|assistant\|>", first), first
+    assert first.count("Add them up.") == 1
+
+
+@ALL
+def test_evaluation_rows_are_kept_out_of_training(name, data, tiny_folder, tmp_path, capsys):
     """Of a file without splits the last eval_size rows are held out; with --eval-dataset all rows are trained on."""
-    run("sft", data, tiny_folder, tmp_path / "one", steps=1)
-    assert "32 rows" in capsys.readouterr().out
-    run("sft", data, tiny_folder, tmp_path / "two", steps=1, eval_dataset=f"{data}/gsm8k.jsonl", max_length=300)
-    assert "40 rows" in capsys.readouterr().out
+    what = {"sft": "rows", "rm": "pairs", "dpo": "pairs", "ppo": "prompts", "grpo": "prompts"}[name]
+    run(name, data, tiny_folder, tmp_path / "one", steps=1)
+    assert f", 32 {what}," in capsys.readouterr().out
+    other = f"{data}/rows.jsonl" if what == "pairs" else f"{data}/gsm8k.jsonl"
+    length = {} if what == "prompts" else {"max_length": 300}
+    length |= {"max_prompt_length": 300} if what == "prompts" else {}
+    run(name, data, tiny_folder, tmp_path / "two", steps=1, eval_dataset=other, **length)
+    assert f", 40 {what}," in capsys.readouterr().out
 
 
-def test_a_run_that_no_sample_can_answer_says_so_before_step_1(data, tiny_folder, tmp_path, capsys):
+@ONLINE
+def test_a_run_that_no_sample_can_answer_says_so_before_step_1(name, data, tiny_folder, tmp_path, capsys):
     """A random model writes no answer line: the warning names --system-prompt and stands before the first step."""
-    run("grpo", data, tiny_folder, tmp_path / "out", reward=("exact",), steps=1)
+    run(name, data, tiny_folder, tmp_path / "out", reward=("exact",), steps=1)
     text = capsys.readouterr().out
     assert 0 <= text.find("--system-prompt") < text.find("step 1/1")
 
 
-def test_the_first_batch_is_shown(data, tiny_folder, tmp_path, capsys):
-    """Prompt and completion as text with the trained tokens marked, counts of tokens, BOS and EOS, the KL and the gap
-    between sampling and training."""
-    run("grpo", data, tiny_folder, tmp_path / "out", steps=1)
+@pytest.mark.parametrize("name", ["rm", "ppo", "grpo", "dpo"])
+def test_the_first_batch_is_shown(name, data, tiny_folder, tmp_path, capsys):
+    """Prompt and completion as text with the trained tokens marked (rm.py: the one that the reward is read at), counts
+    of tokens, BOS and EOS; in the online scripts the KL and the gap between sampling and training."""
+    run(name, data, tiny_folder, tmp_path / "out", steps=1)
     text = capsys.readouterr().out
-    assert re.search(r"<\|user\|>[\d+]+=<\|end\|><\|assistant\|>«.+?»", text, flags=re.S)
-    for word in ("BOS", "EOS", "trained", "KL", "max"):
+    marked = {"rm": r"[^«»]+#### \d+«<\|end\|>»\n", "dpo": r"«[^«»]+#### \d+<\|end\|>»\n"}.get(name, "«.+?»")
+    assert re.search(r"<\|user\|>[\d+]+=<\|end\|><\|assistant\|>" + marked, text, flags=re.S)
+    for word in ("BOS", "EOS", "trained", *(["KL", "max"] if name in ("ppo", "grpo") else [])):
         assert word in text
     assert text.find("«") < text.find("step 1/1")
 
 
-def test_sampling_that_differs_from_training_ends_the_run(data, tiny_folder, tmp_path, monkeypatch):
+@ONLINE
+def test_sampling_that_differs_from_training_ends_the_run(name, data, tiny_folder, tmp_path, monkeypatch):
     """In float32 a gap of 0.01 between sampling and training log-probabilities is an error, before the first update."""
-    original = grpo.generate
+    original = SCRIPTS[name].generate
 
     def shifted(*args, **kwargs):
         completions, logprobs = original(*args, **kwargs)
         return completions, [[value - 0.01 for value in row] for row in logprobs]
 
-    monkeypatch.setattr(grpo, "generate", shifted)
+    monkeypatch.setattr(SCRIPTS[name], "generate", shifted)
     with pytest.raises(SystemExit) as info:
-        run("grpo", data, tiny_folder, tmp_path / "out")
+        run(name, data, tiny_folder, tmp_path / "out")
     assert "sampling" in str(info.value)
 
 
-def test_the_progress_line(data, tiny_folder, tmp_path, capsys):
+@ALL
+def test_the_progress_line(name, data, tiny_folder, tmp_path, capsys):
     """One line per step, with speed and time left."""
-    run("sft", data, tiny_folder, tmp_path / "out")
+    run(name, data, tiny_folder, tmp_path / "out")
+    first = "reward" if name in ("ppo", "grpo") else "loss"
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert len(lines) == 2
     for line in lines:
-        assert re.fullmatch(r"step [12]/2  .*loss .*tokens/s  \d+:\d\d left", line)
+        assert re.fullmatch(rf"step [12]/2  {first} .*tokens/s  \d+:\d\d left", line), line
 
 
 # ---------------------------------------------------------------------------------------------------- threads, tracking
 
 
-@BOTH
+@ALL
 def test_main_can_be_called_from_another_thread(name, runs, data, tiny_folder, tmp_path):
     """Where no signal handler can be set, the run is the same."""
     results = []
@@ -696,18 +1263,19 @@ def test_main_can_be_called_from_another_thread(name, runs, data, tiny_folder, t
     assert final == (runs[name][0] / "model.safetensors").read_bytes()
 
 
-def test_two_runs_in_one_process_do_not_influence_each_other(runs, data, tiny_folder, tmp_path):
+@ALL
+def test_two_runs_in_one_process_do_not_influence_each_other(name, runs, data, tiny_folder, tmp_path):
     """Randomness belongs to seed and step: another run before it changes nothing, nor do the global generators."""
     torch.manual_seed(123)
     random.seed(123)
-    run("grpo", data, tiny_folder, tmp_path / "out")
+    run(name, data, tiny_folder, tmp_path / "out")
     final = (tmp_path / "out" / "model.safetensors").read_bytes()
-    assert final == (runs["grpo"][0] / "model.safetensors").read_bytes()
-    run("grpo", data, tiny_folder, tmp_path / "other", seed=1)
+    assert final == (runs[name][0] / "model.safetensors").read_bytes()
+    run(name, data, tiny_folder, tmp_path / "other", seed=1)
     assert final != (tmp_path / "other" / "model.safetensors").read_bytes()
 
 
-@BOTH
+@ALL
 def test_tracking_offline_and_the_same_run_after_resume(name, data, tiny_folder, tmp_path, monkeypatch):
     """WANDB_MODE=offline --track logs two steps without an account; its files stay inside the output folder; --resume
     goes on under the same run id; the result is that of an untracked run."""
@@ -728,7 +1296,7 @@ def test_tracking_offline_and_the_same_run_after_resume(name, data, tiny_folder,
     assert final == (tmp_path / "untracked" / "model.safetensors").read_bytes()
 
 
-@BOTH
+@ALL
 def test_tracking_without_wandb_writes_nothing(name, data, tiny_folder, tmp_path, monkeypatch):
     """--track without wandb installed ends with the flag's name and writes nothing."""
     monkeypatch.setitem(sys.modules, "wandb", None)
