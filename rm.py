@@ -125,7 +125,7 @@ class Args:
     # run
     seed: int = 0
     """Seed of every random draw."""
-    eval_every: int = 200
+    eval_every: int = 300
     """Steps between evaluations."""
     eval_size: int = 1000
     """Evaluation rows."""
@@ -200,7 +200,7 @@ def calibration(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, f
 
 # ----------------------------------------------------------------------------------------------------------------- data
 
-ARITHMETIC_ROWS = {"train": 15_000, "test": 2_000}
+ARITHMETIC_ROWS = {"train": 17_000, "test": 2_000}
 
 
 def solve(numbers: list[int], slip: float, habit: float, rng: random.Random) -> str:
