@@ -831,7 +831,7 @@ def warn(rows: list[dict], metrics: dict[str, float]):
 def main(args: Args) -> dict[str, float]:
     """Trains, and returns the last row of metrics.jsonl beside the first evaluation (before/...)."""
     run, device = Run(args), pick_device()
-    steps, B, G, M = args.steps or 28, args.prompts_per_step, args.group_size, args.num_minibatches
+    steps, B, G, M = args.steps or 36, args.prompts_per_step, args.group_size, args.num_minibatches
     if run.finished(steps):
         return run.summary()
     wanted = ["prompt+answer", "question+answer"] if "exact" in args.reward else ["prompt", "question"]

@@ -491,7 +491,7 @@ def run_script(folder: Path, name: str, script: str, flags: list[str], parents: 
 METHODS = {
     "DPO": ("dpo.py", []),
     "PPO, reward model": ("ppo.py", []),
-    "PPO, verifier": ("ppo.py", ["--reward", "exact"]),
+    "PPO, verifier": ("ppo.py", ["--reward", "exact", "--steps", "28"]),
     "GRPO, verifier": ("grpo.py", []),
 }
 
@@ -523,10 +523,10 @@ def acceptance(seeds: tuple[int, ...] = (0, 1, 2), out: str = "runs/acceptance",
         results["reward model"].append(run_script(folder, reward_model, "rm.py", flags, (sft,)))
         flags = ["--seed", str(seed), "--model", str(folder / sft), *([*short, "3"] if quick else [])]
         for name, (script, extra) in METHODS.items():
-            extra, parents = extra or (["--reward", str(folder / reward_model)] if script == "ppo.py" else []), (sft,)
             parents = (sft, reward_model) if name == "PPO, reward model" else (sft,)
+            extra = ["--reward", str(folder / reward_model)] if reward_model in parents else extra
             run = f"{script.removesuffix('.py')}{'-exact' if name == 'PPO, verifier' else ''}-{seed}"
-            results[name].append(run_script(folder, run, script, [*flags, *extra], parents))
+            results[name].append(run_script(folder, run, script, [*extra, *flags], parents))
     controls, parent = {}, f"sft-{seeds[0]}"
     for script, steps in (("grpo.py", "60"), ("ppo.py", "10")):
         for name in ("negated", "random"):
