@@ -672,7 +672,7 @@ def main(args: Args) -> dict[str, float]:
     policy = load_model(run.checkpoint or args.model, device, args.gradient_checkpointing)
     reference = load_model(args.model, device).requires_grad_(False) if args.kl_coef or args.kl_stop else None
     peak_lr = args.lr or (3e-4 if policy.num_parameters() < 10_000_000 else 1e-6)
-    optimizer = torch.optim.AdamW(policy.parameters(), peak_lr, betas=(0.9, args.adam_beta2), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), peak_lr, (0.9, args.adam_beta2), weight_decay=0.0, fused=True)
     print(f"{policy.num_parameters():,} parameters on {device}, {len(train_rows):,} prompts, peak lr {peak_lr:g}")
     run.start({"optimizer": optimizer}, peak_lr=peak_lr, steps=steps)
     evaluation = (policy, tokenizer, eval_rows, eval_prompts, reward_of, args, eos_ids)

@@ -116,9 +116,9 @@ class Args:
     """Completions sampled per prompt."""  # paper: 1
     temperature: float = 1.0
     """Divides the logits when sampling and in every log-probability."""  # paper: 1.0
-    num_epochs: int = 4
+    num_epochs: int = 2
     """Passes over each rollout."""  # paper: 1
-    num_minibatches: int = 2
+    num_minibatches: int = 4
     """Parts into which each epoch splits the rollout, an update for each."""  # paper: 8
     clip_eps: float = 0.2
     """Half-width of the band in which the probability ratio is not clipped."""  # paper: 0.2
@@ -154,11 +154,11 @@ class Args:
     """Decay of the learning rate after the warm-up, to 0 just after the last step."""
     warmup_steps: int = 8
     """Steps over which the learning rate rises from 0."""
-    adam_beta2: float = 0.99
+    adam_beta2: float = 0.95
     """Adam's decay rate of the squared gradient."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm."""
-    micro_batch_tokens: int = 2048
+    micro_batch_tokens: int = 4096
     """Most tokens, padding included, in one forward and backward pass; a large GPU is faster with more."""
     rollout_batch_size: int = 1024
     """Most sequences decoded at once: bounds the KV cache."""
@@ -831,7 +831,7 @@ def warn(rows: list[dict], metrics: dict[str, float]):
 def main(args: Args) -> dict[str, float]:
     """Trains, and returns the last row of metrics.jsonl beside the first evaluation (before/...)."""
     run, device = Run(args), pick_device()
-    steps, B, G, M = args.steps or 36, args.prompts_per_step, args.group_size, args.num_minibatches
+    steps, B, G, M = args.steps or 70, args.prompts_per_step, args.group_size, args.num_minibatches
     if run.finished(steps):
         return run.summary()
     wanted = ["prompt+answer", "question+answer"] if "exact" in args.reward else ["prompt", "question"]
@@ -852,9 +852,9 @@ def main(args: Args) -> dict[str, float]:
     value_name = f"{run.checkpoint}/value_model" if run.checkpoint else value_name
     value_model = load_scorer(value_name, device, args.gradient_checkpointing, value_flag, head_scale=0.0)
     reference = load_model(args.model, device).requires_grad_(False) if args.kl_coef or args.kl_stop else None
-    peak_lr = args.lr or (1.5e-4 if policy.num_parameters() < 10_000_000 else 1e-6)
+    peak_lr = args.lr or (3e-4 if policy.num_parameters() < 10_000_000 else 1e-6)
     value_peak_lr = args.value_lr or (2e-3 if value_model.num_parameters() < 10_000_000 else 9e-6)
-    adam = functools.partial(torch.optim.AdamW, betas=(0.9, args.adam_beta2), weight_decay=0.0)
+    adam = functools.partial(torch.optim.AdamW, betas=(0.9, args.adam_beta2), weight_decay=0.0, fused=True)
     optimizers = {"optimizer": adam(policy.parameters(), peak_lr)}
     optimizers["value_optimizer"] = adam(value_model.parameters(), value_peak_lr)
     print(f"{policy.num_parameters():,} parameters on {device}, {len(train_rows):,} prompts, peak lr {peak_lr:g}")

@@ -109,15 +109,15 @@ class Args:
     """Rows per optimizer step."""  # paper: 64
     lr: float | None = None
     """Peak learning rate; default: one that suits the size of the model, printed and logged."""  # paper: 9e-6
-    lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay of the learning rate after the warm-up, to 0 just after the last step."""  # paper: cosine
     warmup_steps: int = 15
     """Steps over which the learning rate rises from 0."""
-    adam_beta2: float = 0.99
+    adam_beta2: float = 0.95
     """Adam's decay rate of the squared gradient."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm."""
-    micro_batch_tokens: int = 2048
+    micro_batch_tokens: int = 4096
     """Most tokens, padding included, in one forward and backward pass; a large GPU is faster with more."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -490,8 +490,8 @@ def main(args: Args) -> dict[str, float]:
     name = run.checkpoint or args.model
     model = load_scorer(name, device, args.gradient_checkpointing, "--model", head_scale=1.0, seed=args.seed)
     prepare_reward_model(model, tokenizer, eos_ids)
-    peak_lr = args.lr or (1e-3 if model.num_parameters() < 10_000_000 else 9e-6)
-    optimizer = torch.optim.AdamW(model.parameters(), peak_lr, betas=(0.9, args.adam_beta2), weight_decay=0.0)
+    peak_lr = args.lr or (6e-4 if model.num_parameters() < 10_000_000 else 9e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), peak_lr, (0.9, args.adam_beta2), weight_decay=0.0, fused=True)
     print(f"{model.num_parameters():,} parameters on {device}, {len(train_pairs):,} pairs, peak lr {peak_lr:g}")
     run.start({"optimizer": optimizer}, peak_lr=peak_lr, steps=steps)
     if run.step == 0:

@@ -511,7 +511,7 @@ def main(args: Args) -> dict[str, float]:
     else:
         model = load_model(run.checkpoint or args.model, device, args.gradient_checkpointing)
     peak_lr = args.lr or (2e-3 if model.num_parameters() < 10_000_000 else 1e-5)
-    optimizer = torch.optim.AdamW(model.parameters(), peak_lr, betas=(0.9, args.adam_beta2), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), peak_lr, (0.9, args.adam_beta2), weight_decay=0.0, fused=True)
     print(f"{model.num_parameters():,} parameters on {device}, {len(train_data):,} rows, peak lr {peak_lr:g}")
     run.start({"optimizer": optimizer}, peak_lr=peak_lr, steps=steps)
     evaluation = (model, tokenizer, eval_rows, eval_data, args, eos_ids)

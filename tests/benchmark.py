@@ -491,7 +491,7 @@ def run_script(folder: Path, name: str, script: str, flags: list[str], parents: 
 METHODS = {
     "DPO": ("dpo.py", []),
     "PPO, reward model": ("ppo.py", []),
-    "PPO, verifier": ("ppo.py", ["--reward", "exact", "--steps", "28"]),
+    "PPO, verifier": ("ppo.py", ["--reward", "exact"]),
     "GRPO, verifier": ("grpo.py", []),
 }
 
@@ -528,7 +528,7 @@ def acceptance(seeds: tuple[int, ...] = (0, 1, 2), out: str = "runs/acceptance",
             run = f"{script.removesuffix('.py')}{'-exact' if name == 'PPO, verifier' else ''}-{seed}"
             results[name].append(run_script(folder, run, script, [*extra, *flags], parents))
     controls, parent = {}, f"sft-{seeds[0]}"
-    for script, steps in (("grpo.py", "60"), ("ppo.py", "10")):
+    for script, steps in (("grpo.py", "60"), ("ppo.py", "20")):
         for name in ("negated", "random"):
             flags = ["--seed", str(seeds[0]), "--model", str(folder / parent)]
             flags += ["--reward", f"{folder}/controls.py:{name}", *([*short, "3"] if quick else ["--steps", steps])]

@@ -454,21 +454,31 @@ def test_the_loss_of_ppo_is_the_weighted_sum_of_its_parts(data, tiny_folder, tmp
     assert rows[-1]["sft_loss"] < rows[0]["sft_loss"] - 0.2
 
 
-def test_the_sft_rows_of_a_step_of_ppo_are_shared_among_its_minibatches(data, tiny_folder, tmp_path):
+def test_the_sft_rows_of_a_step_of_ppo_are_shared_among_its_minibatches(data, tiny_folder, tmp_path, monkeypatch):
     """Four rows for the SFT loss and four prompts a step: each row is drawn once. With a learning rate that moves
     nothing the SFT loss is the mean over the tokens of all four, from the model's logits, however many minibatches
-    share them."""
+    share them. One minibatch is normalised by the tokens of all four, each of four by those of a row of its own."""
+    original, normalisers = ppo.sft_loss, []
+
+    def recorded(logprobs, mask, num_tokens):
+        normalisers.append(num_tokens)
+        return original(logprobs, mask, num_tokens)
+
+    monkeypatch.setattr(ppo, "sft_loss", recorded)
     rows = sft.arithmetic_rows("train", 4)
     (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = sft.tiny_tokenizer()
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
     total = sum(logp_of(model, tokenizer, row["prompt"], row["completion"]) for row in rows)
-    expected = -total / sum(len(turn_ids(tokenizer, row["prompt"], row["completion"])[1]) for row in rows)
+    lengths = [len(turn_ids(tokenizer, row["prompt"], row["completion"])[1]) for row in rows]
+    expected = -total / sum(lengths)
     for count in (1, 4):
+        normalisers.clear()
         changes = {"num_minibatches": count, "num_epochs": 1, "lr": 1e-12, "steps": 1}
         changes |= {"sft_coef": 1.0, "sft_dataset": f"{tmp_path}/sft.jsonl"}
         run("ppo", data, tiny_folder, tmp_path / str(count), **changes)
         assert metrics_of(tmp_path / str(count))[1]["sft_loss"] == pytest.approx(expected, rel=1e-5)
+        assert sorted(normalisers) == (sorted(lengths) if count == 4 else [sum(lengths)])
 
 
 def test_the_true_accuracy_of_ppo_stands_beside_the_score_of_a_reward_model(tiny_folder, tmp_path):
