@@ -22,7 +22,7 @@ Signal: one comparison per pair. The weight of a pair in the gradient is beta * 
     that are right count little. `label_smoothing`: the share of labels taken to be wrong (conservative DPO, Mitchell
     2023).
 KL: nowhere in the loss; beta stands for it. At the optimum a larger beta stays closer to the reference, but it scales
-    the gradient too, so after few small steps it may be further away.
+    the gradient too: under plain gradient descent a short run may end further away (Adam divides the scale out).
 Mask and normaliser: EOS is part of the completion; the mean is over the pairs of the whole step.
 Truncation: none. A pair of which either side exceeds `max_length` is dropped and counted.
 
@@ -30,7 +30,7 @@ Data: rows of prompt + chosen + rejected, text or messages; or of chosen + rejec
     shared beginning is the prompt (messages, or text with turns marked as in HH-RLHF).
 
 Run:  python sft.py && python dpo.py                                             a laptop CPU, under three minutes
-      python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset Anthropic/hh-rlhf ...               one GPU, see README
+      python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset HuggingFaceH4/ultrafeedback_binarized ...    see README
       python dpo.py --score-only --model runs/dpo --reference runs/sft    policy and reference as a reward model
 
 Metrics (metrics.jsonl), and what healthy looks like:
@@ -97,7 +97,7 @@ class Args:
     max_length: int = 1024
     """Rows of more tokens than this are dropped and counted."""
     max_new_tokens: int = 64
-    """Longest completion, in tokens."""
+    """Most tokens of a completion that is sampled."""
     out: str = "runs/dpo"
     """Folder for the final model, logs and checkpoints."""
 
@@ -491,7 +491,10 @@ def score_completions(args: Args) -> dict[str, float]:
     reference = sequence_logps(load_reference(args, tokenizer, device), sides, args.micro_batch_tokens)
     policy = load_model(args.model, device)
     logps = sequence_logps(policy, sides, args.micro_batch_tokens)
-    rewards = (resolve_beta(args, policy) * (logps - reference)).view(-1, len(names))
+    trained = Path(args.model) / "args.json"  # of the run that made it
+    trained = json.loads(trained.read_text()).get("resolved", {}) if trained.exists() else {}
+    beta = args.beta or trained.get("beta") or resolve_beta(args, policy)
+    rewards = (beta * (logps - reference)).view(-1, len(names))
     scores = [{f"{name}_reward": value for name, value in zip(names, values)} for values in rewards.tolist()]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_beside(path, "".join(json.dumps({**row, **score}, default=str) + "\n" for row, score in zip(rows, scores)))
@@ -499,7 +502,8 @@ def score_completions(args: Args) -> dict[str, float]:
     if is_pair:
         gap = rewards[:, 0] - rewards[:, 1]
         metrics |= {"pair_accuracy": ((gap > 0).float() + 0.5 * (gap == 0)).mean().item(), "margin": gap.mean().item()}
-    print(f"wrote {path}: {len(rows):,} rows; " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    means = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    print(f"wrote {path}: {len(rows):,} rows, beta {beta:g}; {means}")
     return metrics
 
 
@@ -896,7 +900,10 @@ def load_config(name: str, flag: str):
 
 def load_model(name: str, device: torch.device, gradient_checkpointing: bool = False, flag: str = "--model"):
     """A causal language model in float32, whatever its folder holds, without dropout."""
-    options = {"config": load_config(name, flag), "dtype": torch.float32, "output_loading_info": True}
+    config = load_config(name, flag)
+    scores = any(x.endswith("ForSequenceClassification") for x in config.architectures or ())
+    require(not scores, f"{flag} {name} is a reward model, not a language model")
+    options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     model = from_hub(transformers.AutoModelForCausalLM, name, flag, **options)
     return prepare_model(model, device, gradient_checkpointing)
 

@@ -99,7 +99,7 @@ class Args:
     max_prompt_length: int = 512
     """Prompts of more tokens than this are dropped and counted."""
     max_new_tokens: int = 64
-    """Longest completion, in tokens."""
+    """Most tokens of a completion that is sampled."""
     out: str = "runs/grpo"
     """Folder for the final model, logs and checkpoints."""
 
@@ -930,7 +930,10 @@ def load_config(name: str, flag: str):
 
 def load_model(name: str, device: torch.device, gradient_checkpointing: bool = False, flag: str = "--model"):
     """A causal language model in float32, whatever its folder holds, without dropout."""
-    options = {"config": load_config(name, flag), "dtype": torch.float32, "output_loading_info": True}
+    config = load_config(name, flag)
+    scores = any(x.endswith("ForSequenceClassification") for x in config.architectures or ())
+    require(not scores, f"{flag} {name} is a reward model, not a language model")
+    options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     model = from_hub(transformers.AutoModelForCausalLM, name, flag, **options)
     return prepare_model(model, device, gradient_checkpointing)
 

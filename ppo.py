@@ -23,8 +23,8 @@ Each step:  (1) rollout: `prompts_per_step` prompts, `group_size` samples each, 
 Signal: one score per completion, at its last action (EOS); the value model spreads it over the tokens.
 KL: k1 per token in the reward, of the policy that sampled, not differentiated: through the advantages its expected
     gradient is that of KL(policy || reference); k1 differentiated in the loss would have expected gradient 0.
-Mask and normaliser: EOS is an action; all action tokens of a minibatch weigh alike. A value never sees the token that
-    it is the baseline of. Values after the last action are 0.
+Mask and normaliser: EOS is an action; the num_tokens actions of a minibatch weigh alike, in the entropy too; sft_loss
+    has its own token mean. A value never sees the token that it is the baseline of; after the last action it is 0.
 Truncation: a completion cut at `max_new_tokens` has `missing_eos_penalty` taken off its score.
 Four models: policy, reference (the policy as it was loaded), reward model or verifier, value model (a network and an
     optimizer of its own; it starts from the reward model, or from the policy with a head of zeros). Unlike Ouyang et
@@ -42,7 +42,7 @@ Metrics (metrics.jsonl), and what healthy looks like:
   grad_norm, value_grad_norm, lr, value_lr, num_updates    norms before clipping, means over the updates
   completion_length, truncated_frac  tokens, EOS included; share cut at `max_new_tokens`
   sampling_gap_max, sampling_gap_mean    |sampling - training log-probability|: below 1e-3 in float32
-  eval/accuracy_sampled, eval/accuracy_greedy, eval/answered_*, eval/reward_*    held-out prompts; before/... at step 0
+  eval/accuracy_sampled, eval/accuracy_greedy, eval/answered_*, eval/reward_*    held-out prompts, without the penalty
   skipped_updates         updates left out so far because they were not finite
 B prompts, G samples per prompt, N = B*G sequences, L tokens (prompt + completion), V vocabulary, D hidden. Index t of
 every (N, L) tensor speaks of the decision to emit token t (read from the hidden state at t-1).
@@ -103,7 +103,7 @@ class Args:
     max_prompt_length: int = 512
     """Prompts of more tokens than this are dropped and counted."""
     max_new_tokens: int = 64
-    """Longest completion, in tokens."""
+    """Most tokens of a completion that is sampled."""
     out: str = "runs/ppo"
     """Folder for the final model, logs and checkpoints."""
 
@@ -123,7 +123,7 @@ class Args:
     clip_eps: float = 0.2
     """Half-width of the band in which the probability ratio is not clipped."""  # paper: 0.2
     value_clip_eps: float = 0.0
-    """Half-width of the band that the value may cross in a step, in units of the reward; 0: none."""  # paper: 0.2
+    """How far a value may move in a step before the clipping, in units of the reward; 0: freely."""  # paper: 0.2
     gamma: float = 1.0
     """Discount per token."""  # paper: 1.0
     lam: float = 0.95
@@ -200,6 +200,8 @@ class Args:
         weights = len(self.reward_weights) in (0, len(self.reward)) and all(map(math.isfinite, self.reward_weights))
         require(weights, "--reward-weights: give one number for each --reward")
         require(bool(self.sft_coef) == bool(self.sft_dataset), "--sft-coef and --sft-dataset need each other")
+        shared = not self.sft_coef or self.prompts_per_step % self.num_minibatches == 0
+        require(shared, "--num-minibatches must divide --prompts-per-step, so that --sft-coef can share its rows out")
         several = self.num_epochs * self.num_minibatches > 1
         require(self.target_kl is None or several, "--target-kl acts between updates: raise --num-epochs")
 
@@ -635,7 +637,7 @@ def token_values(model, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def value_source(args: Args, tokenizer, num_tokens: int) -> tuple[str, str]:
-    """What the value model starts from, and its flag. Ends the run if it reads other ids than the policy, or fewer."""
+    """What the value model starts from, and its flag. Ends the run if it cannot read what the policy writes."""
     learned = list(filter(names_a_model, args.reward))
     name, flag = (args.value_model, "--value-model") if args.value_model else (args.model, "--model")
     if learned and not args.value_model:
@@ -789,10 +791,8 @@ def over_rollout(sequences: list[tuple], max_tokens: int, device: torch.device, 
 def minibatches(num_rows: int, args: Args, step: int) -> Iterator[list[int]]:
     """Row numbers of the step's minibatches: `num_epochs` shuffles of all rows, cut into `num_minibatches` each."""
     for epoch in range((step - 1) * args.num_epochs + 1, step * args.num_epochs + 1):
-        order, size = (
-            shuffled_indices(num_rows, args.seed, "minibatches", epoch, num_rows),
-            num_rows // args.num_minibatches,
-        )
+        order = shuffled_indices(num_rows, args.seed, "minibatches", epoch, num_rows)
+        size = num_rows // args.num_minibatches
         yield from (order[start : start + size] for start in range(0, num_rows, size))
 
 
@@ -952,8 +952,9 @@ def main(args: Args) -> dict[str, float]:
                 means.add(actions, sft_loss=-logprobs)
 
             # (6) update
-            num_updates = k + 1
-            means.add(**run.update(optimizer=lr, value_optimizer=value_lr), policy_loss=losses[0], value_loss=losses[1])
+            result, num_updates = run.update(optimizer=lr, value_optimizer=value_lr), k + 1
+            if all(map(math.isfinite, result.values())):  # an update that is skipped has no place in the means
+                means.add(**result, policy_loss=losses[0], value_loss=losses[1])
 
         seconds = time.perf_counter() - clock
         metrics = {
@@ -1124,7 +1125,10 @@ def load_config(name: str, flag: str):
 
 def load_model(name: str, device: torch.device, gradient_checkpointing: bool = False, flag: str = "--model"):
     """A causal language model in float32, whatever its folder holds, without dropout."""
-    options = {"config": load_config(name, flag), "dtype": torch.float32, "output_loading_info": True}
+    config = load_config(name, flag)
+    scores = any(x.endswith("ForSequenceClassification") for x in config.architectures or ())
+    require(not scores, f"{flag} {name} is a reward model, not a language model")
+    options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     model = from_hub(transformers.AutoModelForCausalLM, name, flag, **options)
     return prepare_model(model, device, gradient_checkpointing)
 

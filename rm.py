@@ -27,7 +27,7 @@ Data: rows of prompt + chosen + rejected, text or messages; or of chosen + rejec
     shared beginning is the prompt (messages, or text with turns marked as in HH-RLHF). `margin`, an optional column.
 
 Run:  python sft.py && python rm.py                                                  a laptop CPU, under four minutes
-      python rm.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset Anthropic/hh-rlhf ...                one GPU, see README
+      python rm.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset HuggingFaceH4/ultrafeedback_binarized ...     see README
 
 The model at `out` is an AutoModelForSequenceClassification with one label, whose pad token is no stop token, because
 transformers reads the score at the last token that is not padding.
@@ -37,8 +37,8 @@ Metrics (metrics.jsonl), and what healthy looks like:
   reward_mean, grad_norm, lr    over both sides; near 0 if centred; the norm before clipping
   eval/loss, eval/pair_accuracy, eval/margin    held-out pairs, without margin and centering; before/... at step 0
   eval/reward_mean, eval/reward_std    over both sides; the scale says how sure the model is, not how good it is
-  eval/longer_wins        accuracy of preferring the longer side, the baseline to beat
-  eval/length_correlation    of reward with length, both less their pair's mean; near 1 the model counts tokens
+  eval/longer_wins        accuracy of preferring the longer side: beat this, and 1 less this
+  eval/length_correlation    of reward with length, both less their pair's mean; near 1 or -1 it counts tokens
   eval/calibration_error  |predicted_K - observed_K|, averaged over all pairs
   calibration/predicted_K, calibration/observed_K, calibration/pairs_K    for the side with the higher reward: mean of
                           sigmoid(gap) in bin K, from 0.5 + K/20 to 0.55 + K/20; share of chosen ones; pairs in the bin

@@ -267,6 +267,11 @@ UNFIT = [
     ("both", {"reward_weights": (math.inf,)}, ["--reward-weights"]),
     ("both", {"reward": ("exact", "exact"), "reward_weights": (1.0, 2.0)}, ["--reward"]),
     ("both", {"reward": ()}, ["--reward"]),
+    (
+        "ppo",
+        {"sft_coef": 0.1, "sft_dataset": "arithmetic", "prompts_per_step": 3, "group_size": 2},
+        ["--num-minibatches", "--prompts-per-step", "--sft-coef"],
+    ),
     ("both", {"sft_coef": 0.1}, ["--sft-coef", "--sft-dataset"]),
     ("both", {"sft_dataset": "arithmetic"}, ["--sft-coef", "--sft-dataset"]),
 ]
@@ -628,6 +633,16 @@ def test_a_value_model_that_is_none(data, tiny_folder, tmp_path):
     torn = shutil.copytree(tiny_folder, tmp_path / "torn") / "model.safetensors"
     torn.write_bytes(torn.read_bytes()[:10_000])
     refused("ppo", {**wanted, "value_model": str(tmp_path / "torn")}, "--value-model")
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo", "grpo", "dpo"])
+def test_a_reward_model_is_no_policy(name, data, tiny_folder, tmp_path):
+    """Its folder lacks nothing of a language model whose embeddings are tied, and would train without a word."""
+    folder = reward_model(tmp_path / "reward")
+    refused(name, settings(name, data, tiny_folder, tmp_path / "out", model=str(folder)), "--model", "reward model")
+    if name == "dpo":
+        wanted = settings(name, data, tiny_folder, tmp_path / "out", reference=str(folder))
+        refused(name, wanted, "--reference", "reward model")
 
 
 def test_a_classifier_with_two_labels_is_no_start_for_a_reward_model(data, tiny_folder, tmp_path):

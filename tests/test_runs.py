@@ -1184,7 +1184,14 @@ def test_dpo_scores_completions_without_training(data, tiny_folder, other_folder
     assert [{key: result[key] for key in ("prompt", "completion")} for result in scored] == rows
     assert [result["completion_reward"] for result in scored] == pytest.approx(expected, abs=1e-4)
     assert metrics == {"completion_reward": pytest.approx(sum(expected) / 12, abs=1e-4)}
-    run("dpo", data, tiny_folder, tmp_path / "out", reference=tiny_folder, overwrite=True, **changes)
+    trained = tmp_path / "trained"  # as a run with beta 2 leaves it: without --beta the scores take that
+    shutil.copytree(tiny_folder, trained)
+    (trained / "args.json").write_text(json.dumps({"args": {"beta": None}, "resolved": {"beta": 2.0}}))
+    changes |= {"overwrite": True}
+    run("dpo", data, str(trained), tmp_path / "out", reference=other_folder, **{**changes, "beta": None})
+    scored = [json.loads(line)["completion_reward"] for line in file.read_text().splitlines()]
+    assert scored == pytest.approx([2.0 / 0.3 * value for value in expected], abs=1e-3)
+    run("dpo", data, tiny_folder, tmp_path / "out", reference=tiny_folder, **changes)
     assert [json.loads(line)["completion_reward"] for line in file.read_text().splitlines()] == [0.0] * 12
 
 
