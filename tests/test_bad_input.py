@@ -944,7 +944,7 @@ CHANGED = [
     ("ppo grpo", "reward", ("format",)),
     ("rm", "center_coef", 0.1),
     ("dpo", "beta", 0.2),
-    ("dpo", "label_smoothing", 0.1),
+    ("dpo", "label_smoothing", 0.2),
     ("ppo", "num_minibatches", 4),
     ("ppo", "value_clip_eps", 0.1),
     ("ppo", "gamma", 0.9),
