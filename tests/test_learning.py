@@ -73,8 +73,9 @@ def test_dpo_raises_sampled_and_greedy_accuracy(sft_run, tmp_path):
 
 
 def ppo_metrics(model: str, out: str, **changes) -> dict:
-    """A shrunken run of ppo.py: eight rollouts, two epochs each."""
-    shrunken = {"steps": 8, "num_epochs": 2, "lr": 3e-4, "lr_schedule": "constant", "eval_size": 200}
+    """A shrunken run of ppo.py: twelve rollouts, two epochs of two minibatches each."""
+    shrunken = {"steps": 12, "num_epochs": 2, "num_minibatches": 2, "warmup_steps": 4, "lr": 3e-4, "adam_beta2": 0.99}
+    shrunken |= {"lr_schedule": "constant", "eval_size": 200}
     return ppo.main(ppo.Args(model=model, out=out, reward=("exact",), **shrunken, **changes))
 
 
