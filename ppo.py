@@ -42,12 +42,14 @@ Metrics (metrics.jsonl), and what healthy looks like:
   grad_norm, value_grad_norm, lr, value_lr, num_updates    norms before clipping, means over the updates
   completion_length, truncated_frac  tokens, EOS included; share cut at `max_new_tokens`
   sampling_gap_max, sampling_gap_mean    |sampling - training log-probability|: below 1e-3 in float32
+  is_weight               mean of the weights that `is_cap` bounds; near 1
   eval/accuracy_sampled, eval/accuracy_greedy, eval/answered_*, eval/reward_*    held-out prompts, without the penalty
   skipped_updates         updates left out so far because they were not finite
 B prompts, G samples per prompt, N = B*G sequences, L tokens (prompt + completion), V vocabulary, D hidden. Index t of
 every (N, L) tensor speaks of the decision to emit token t (read from the hidden state at t-1).
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -59,6 +61,7 @@ import re
 import runpy
 import shutil
 import signal
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -71,9 +74,12 @@ from typing import Literal
 
 import datasets
 import torch
+import torch.distributed as dist
 import transformers
 import tyro
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 datasets.disable_progress_bars()
@@ -134,6 +140,8 @@ class Args:
     """Weight of the KL to the reference; at 0 none is loaded, unless `kl_stop` asks for it."""  # paper: 0.02
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
+    is_cap: float = 0.0
+    """Weigh each token by its training over its sampling probability, at most this; 0: no weights."""
     missing_eos_penalty: float = 1.0
     """Taken off the reward of a completion that was cut before it ended."""
     sft_coef: float = 0.0
@@ -420,11 +428,12 @@ class RewardModel:
         require(config.pad_token_id is not None, f"--reward {name}: set pad_token_id in its config.json, it has none")
         self.window = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
         loader, options = transformers.AutoModelForSequenceClassification, {"config": config, "dtype": torch.float32}
-        self.model = from_hub(loader, name, "--reward", output_loading_info=True, **options).to(device).eval()
+        model = from_hub(loader, name, "--reward", output_loading_info=True, **options)
+        self.model = shard(to_device(model, device, False).requires_grad_(False).eval(), device)
 
     @torch.no_grad()
     def __call__(self, prompts: list, completions: list[str], rows: list[dict]) -> list[float]:
-        sequences, scores = [], torch.zeros(len(prompts))
+        sequences, scores = [], torch.full((len(prompts),), -math.inf)
         for prompt, completion in zip(prompts, completions):
             ids = encode_scored(self.tokenizer, prompt, completion, self.system_prompt)
             require(len(ids) <= self.window, f"--reward {self.name} holds {self.window} tokens; a text has {len(ids)}")
@@ -434,7 +443,7 @@ class RewardModel:
             with autocast(self.device):
                 logits = self.model(input_ids=ids, attention_mask=mask.long()).logits  # (n, 1)
             scores[indices] = logits[:, 0].float().cpu()
-        return scores.tolist()
+        return over_ranks(scores, dist.ReduceOp.MAX).tolist()
 
 
 def names_a_model(spec: str) -> bool:
@@ -463,26 +472,35 @@ def load_reward(spec: str, args: "Args", device: torch.device) -> Callable[[list
     return function
 
 
+def call_reward(name: str, function: Callable, prompts: list, completions: list[str], rows: list[dict]) -> list[float]:
+    """What one reward function says. Whatever it gets wrong ends the run."""
+    try:
+        values = list(function(prompts, completions, rows))
+    except Exception as error:  # the user's own code may raise anything
+        alone = len(rows) > 1 and not isinstance(function, RewardModel)
+        for i in range(len(rows) if alone else 0):  # row by row, to end at the one that it fails on
+            call_reward(name, function, prompts[i : i + 1], completions[i : i + 1], rows[i : i + 1])
+        where = f"completion {completions[0]!r} of row {rows[0]}" if len(rows) == 1 else "a batch, not on any row alone"
+        raise SystemExit(f"--reward {name} raised {error!r} on {where}") from error
+    require(len(values) == len(rows), f"--reward {name} returned {len(values)} values for {len(rows)} completions")
+    for value, completion, row in zip(values, completions, rows):
+        finite = hasattr(value, "__float__") and math.isfinite(value)
+        require(finite, f"--reward {name} returned {value!r}, not a number, on {completion!r} of row {row}")
+    return [float(value) for value in values]
+
+
 def compute_rewards(
     functions: dict[str, Callable], weights: list[float], prompts: list, completions: list[str], rows: list[dict]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of all rewards (N,), and each of them by name. Whatever a function gets wrong ends the run."""
+    """The weighted sum of all rewards (N,), and each of them by name.
+
+    A reward model's work is shared by the ranks; any other function is called by the first one alone.
+    """
     by_name = {}
     for name, function in functions.items():
-        try:
-            values = list(function(prompts, completions, rows))
-        except Exception as error:  # the user's own code may raise anything
-            for i in range(len(rows) if len(rows) > 1 else 0):  # row by row, to end at the one that it fails on
-                compute_rewards({name: function}, [1.0], prompts[i : i + 1], completions[i : i + 1], rows[i : i + 1])
-            where = (
-                f"completion {completions[0]!r} of row {rows[0]}" if len(rows) == 1 else "a batch, not on any row alone"
-            )
-            raise SystemExit(f"--reward {name} raised {error!r} on {where}") from error
-        require(len(values) == len(rows), f"--reward {name} returned {len(values)} values for {len(rows)} completions")
-        for value, completion, row in zip(values, completions, rows):
-            finite = hasattr(value, "__float__") and math.isfinite(value)
-            require(finite, f"--reward {name} returned {value!r}, not a number, on {completion!r} of row {row}")
-        by_name[name] = torch.tensor([float(value) for value in values])
+        mine = RANK == 0 or isinstance(function, RewardModel)
+        values = call_reward(name, function, prompts, completions, rows) if mine else [-math.inf] * len(rows)
+        by_name[name] = over_ranks(torch.tensor(values), dist.ReduceOp.MAX)
     return sum(weight * values for weight, values in zip(weights, by_name.values())), by_name
 
 
@@ -586,6 +604,21 @@ def load_sft_data(args: "Args", tokenizer, eos_ids: list[int]) -> list[tuple[lis
 # ------------------------------------------------------------------------------------------ model and log-probabilities
 
 
+def in_forward(function: Callable) -> Callable:
+    """Makes `function(model, ...)` run as a forward pass of the model, in which FSDP gathers the weights."""
+
+    @functools.wraps(function)
+    def wrapped(model, *args, **options):
+        if not isinstance(model, FSDPModule):
+            return function(model, *args, **options)
+        model.run = functools.partial(function, model)
+        register_fsdp_forward_method(model, "run")
+        return model.run(*args, **options)
+
+    return wrapped
+
+
+@in_forward
 def token_logprobs(
     model, ids: Tensor, mask: Tensor, temperature: float = 1.0, with_entropy: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -624,6 +657,7 @@ def head_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float, wit
     return torch.stack([chosen, entropy])
 
 
+@in_forward
 def token_values(model, ids: Tensor, mask: Tensor) -> Tensor:
     """V(ids[n, :t]), the value of the state before token t, where mask is 1, else 0: (N, L) in float32.
 
@@ -737,18 +771,22 @@ def generate(
     return [x[:k] for x, k in zip(tokens, lengths)], [x[:k] for x, k in zip(logprobs, lengths)]
 
 
-def rollout(model, prompts, num_samples, temperature, eos_ids, uniforms, batch_size) -> tuple[list, list]:
-    """`generate`, at most `batch_size` sequences at a time, so that the KV cache stays bounded."""
+def rollout(sampler, prompts, num_samples, temperature, eos_ids, uniforms, batch_size) -> tuple[list, list]:
+    """`generate`, at most `batch_size` sequences at a time, so that the KV cache stays bounded.
+
+    Every rank decodes its share of the prompts, and all get all completions.
+    """
     completions, logprobs, chunk = [], [], max(1, batch_size // num_samples)  # chunk: prompts at a time
-    for start in range(0, len(prompts), chunk):
-        part, draws = prompts[start : start + chunk], uniforms[start * num_samples : (start + chunk) * num_samples]
-        with autocast(model.device):
-            results = generate(model, part, num_samples, uniforms.shape[1], temperature, eos_ids, draws)
-        completions, logprobs = completions + results[0], logprobs + results[1]
-    return completions, logprobs
+    first, end = (len(prompts) * rank // WORLD_SIZE for rank in (RANK, RANK + 1))
+    for start in range(first, end, chunk):
+        stop = min(start + chunk, end)
+        draws = uniforms[start * num_samples : stop * num_samples]
+        parts = generate(sampler, prompts[start:stop], num_samples, uniforms.shape[1], temperature, eos_ids, draws)
+        completions, logprobs = completions + parts[0], logprobs + parts[1]
+    return from_all_ranks(completions), from_all_ranks(logprobs)
 
 
-def evaluate(policy, tokenizer, rows, prompts, reward_of, args, eos_ids) -> dict[str, float]:
+def evaluate(sampler, tokenizer, rows, prompts, reward_of, args, eos_ids) -> dict[str, float]:
     """Accuracy (where rows have an `answer`) and mean reward on held-out prompts, sampled at temperature 1 and greedy.
 
     Sampling always takes the same draws. prompts: their ids. reward_of: `compute_rewards` for prompts, completions
@@ -757,7 +795,7 @@ def evaluate(policy, tokenizer, rows, prompts, reward_of, args, eos_ids) -> dict
     metrics, answers = {}, [row.get("answer") for row in rows]
     uniforms = draw_uniforms(0, "evaluation", 0, len(prompts), args.max_new_tokens)
     for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-        completions, _ = rollout(policy, prompts, 1, temperature, eos_ids, uniforms, args.rollout_batch_size)
+        completions, _ = rollout(sampler, prompts, 1, temperature, eos_ids, uniforms, args.rollout_batch_size)
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         if None not in answers:
             metrics[f"eval/accuracy_{name}"] = sum(map(exact_match, texts, answers)) / len(rows)
@@ -782,10 +820,10 @@ def over_rollout(sequences: list[tuple], max_tokens: int, device: torch.device, 
         with autocast(device):
             parts = function(ids, mask)
         parts = parts if isinstance(parts, tuple) else (parts,)
-        results = results or [torch.zeros(len(sequences), length, device=device) for _ in parts]
+        results = results or [torch.full((len(sequences), length), -math.inf, device=device) for _ in parts]
         for result, part in zip(results, parts):
-            result[indices, : ids.shape[1]] = part
-    return results
+            result[indices] = torch.nn.functional.pad(part, (0, length - ids.shape[1]))
+    return [over_ranks(result, dist.ReduceOp.MAX) for result in results]
 
 
 def minibatches(num_rows: int, args: Args, step: int) -> Iterator[list[int]]:
@@ -848,10 +886,13 @@ def main(args: Args) -> dict[str, float]:
     reward_of = functools.partial(compute_rewards, functions, args.reward_weights or [1.0] * len(functions))
     reward_of([prompt_of(train_rows[0])], [""], train_rows[:1])  # what cannot work fails here, not after hours
 
-    policy = load_model(run.checkpoint or args.model, device, args.gradient_checkpointing)
+    policy, reference = load_model(run.checkpoint or args.model, device, args.gradient_checkpointing), None
+    sampler, policy = sampling_copy(policy, device), shard(policy, device)
     value_name = f"{run.checkpoint}/value_model" if run.checkpoint else value_name
     value_model = load_scorer(value_name, device, args.gradient_checkpointing, value_flag, head_scale=0.0)
-    reference = load_model(args.model, device).requires_grad_(False) if args.kl_coef or args.kl_stop else None
+    value_model = shard(value_model, device)
+    if args.kl_coef or args.kl_stop:
+        reference = shard(load_model(args.model, device).requires_grad_(False), device)
     peak_lr = args.lr or (3e-4 if policy.num_parameters() < 10_000_000 else 1e-6)
     value_peak_lr = args.value_lr or (2e-3 if value_model.num_parameters() < 10_000_000 else 9e-6)
     adam = functools.partial(torch.optim.AdamW, betas=(0.9, args.adam_beta2), weight_decay=0.0, fused=True)
@@ -860,7 +901,7 @@ def main(args: Args) -> dict[str, float]:
     print(f"{policy.num_parameters():,} parameters on {device}, {len(train_rows):,} prompts, peak lr {peak_lr:g}")
     print(f"the value model starts from {value_name}, peak lr {value_peak_lr:g}")
     run.start(optimizers, peak_lr=peak_lr, value_peak_lr=value_peak_lr, steps=steps)
-    evaluation = (policy, tokenizer, eval_rows, eval_prompts, reward_of, args, eos_ids)
+    evaluation = (sampler, tokenizer, eval_rows, eval_prompts, reward_of, args, eos_ids)
     if run.step == 0:
         run.log(0, steps, evaluate(*evaluation))
     if run.step == 0 and run.rows[-1].get("eval/answered_sampled") == 0:
@@ -876,7 +917,7 @@ def main(args: Args) -> dict[str, float]:
         prompts = [train_prompts[i] for i in chosen]  # (B,)
         uniforms = draw_uniforms(args.seed, "rollout", step, B * G, args.max_new_tokens)
         completions, sampling_logprobs = rollout(
-            policy, prompts, G, args.temperature, eos_ids, uniforms, args.rollout_batch_size
+            sampler, prompts, G, args.temperature, eos_ids, uniforms, args.rollout_batch_size
         )  # (N,) lists each
         rollout_seconds = time.perf_counter() - clock
 
@@ -905,9 +946,12 @@ def main(args: Args) -> dict[str, float]:
         # (4) rewards and advantages
         rewards = kl_shaped_rewards(scores.to(device), old_logprobs, ref_logprobs, mask, args.kl_coef)  # (N, L)
         raw_advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
-        advantages = whiten(raw_advantages, mask)
+        advantages, means = whiten(raw_advantages, mask), Means()
+        if args.is_cap:  # sampling was not quite the policy's: weigh each token by their ratio
+            weights = (old_logprobs - sampled).exp().clamp(max=args.is_cap)
+            advantages = advantages * weights
+            means.add(mask, is_weight=weights)
         log_ratio, gap = old_logprobs - ref_logprobs, (old_logprobs - sampled).abs()
-        means = Means()
         means.add(mask, entropy=entropies, sampling_gap_mean=gap, sampling_gap_max=gap, value_mean=old_values)
         means.add(mask, return_mean=returns)
         if reference is not None:
@@ -940,7 +984,7 @@ def main(args: Args) -> dict[str, float]:
                 means.add(actions, clip_frac=outside, approx_kl_old=kl)
                 if not run.checked:
                     run.check_first_batch(tokenizer, ids, actions, (logprobs - sampled[n, :L]).abs(), means)
-            if args.target_kl and kl_sum / num_tokens > args.target_kl:
+            if args.target_kl and over_ranks(kl_sum) / num_tokens > args.target_kl:
                 run.discard()
                 break
             demonstrations = [sft_data[i] for i in drawn[k % M :: M]]
@@ -952,9 +996,11 @@ def main(args: Args) -> dict[str, float]:
                 means.add(actions, sft_loss=-logprobs)
 
             # (6) update
-            result, num_updates = run.update(optimizer=lr, value_optimizer=value_lr), k + 1
+            losses, num_updates = over_ranks(losses), k + 1
+            result = run.update(optimizer=lr, value_optimizer=value_lr)
             if all(map(math.isfinite, result.values())):  # an update that is skipped has no place in the means
                 means.add(**result, policy_loss=losses[0], value_loss=losses[1])
+        refresh(sampler, policy)
 
         seconds = time.perf_counter() - clock
         metrics = {
@@ -985,6 +1031,11 @@ def main(args: Args) -> dict[str, float]:
 # The same in every script: read it once.
 
 
+# torchrun starts a process, a rank, for each GPU; without it there is one
+RANK = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+
+
 def require(ok: bool, message: str):
     """Ends the run with `message` unless `ok`."""
     if not ok:
@@ -1004,8 +1055,33 @@ def check_numbers(args: "Args"):
 
 
 def pick_device() -> torch.device:
-    """CUDA, else MPS, else CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    """CUDA, else MPS, else CPU. Under torchrun each rank takes its own GPU, and all but the first fall silent."""
+    has_mps = torch.backends.mps.is_available() and WORLD_SIZE == 1
+    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return device
+
+
+def over_ranks(x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
+    """The sum of x over all ranks, or its maximum: so rows that one rank each has filled in, among -inf, meet."""
+    if WORLD_SIZE > 1:
+        x = x.clone()
+        dist.all_reduce(x, operation)
+    return x
+
+
+def from_all_ranks(items: list) -> list:
+    """The lists of all ranks, one behind the other."""
+    if WORLD_SIZE == 1:
+        return items
+    parts = [None] * WORLD_SIZE
+    dist.all_gather_object(parts, items)
+    return list(itertools.chain(*parts))
 
 
 def autocast(device: torch.device):
@@ -1032,16 +1108,41 @@ def shuffled_indices(num_rows: int, seed: int, purpose: str, step: int, count: i
     return indices
 
 
+def micro_batch_rows(widths: list[int], max_tokens: int) -> list[list[int]]:
+    """The row numbers of this rank's micro-batches, widest rows first: width * rows is at most `max_tokens`.
+
+    Only a wider row comes alone. Every rank has as many micro-batches, because sharded weights are gathered and
+    gradients are summed by all ranks at once: some are split or, if there are too few rows for that, hold one row too
+    many. widths: tokens of each row.
+    """
+    order, batches = sorted(range(len(widths)), key=lambda i: -widths[i]), []
+    if 0 < len(order) < WORLD_SIZE:
+        few = f"{len(order)} rows for {WORLD_SIZE} processes: raise --batch-size, --prompts-per-step or --eval-size"
+        require(not torch.is_grad_enabled(), few)
+        order = (order * WORLD_SIZE)[:WORLD_SIZE]  # without a gradient nothing adds up: rows may come twice
+    start = 0
+    while start < len(order):
+        count = max(1, max_tokens // widths[order[start]])
+        batches.append(order[start : start + count])
+        start += count
+    wanted = min(math.ceil(len(batches) / WORLD_SIZE), len(order) // WORLD_SIZE) * WORLD_SIZE
+    if len(batches) > wanted:
+        batches = [order[k::wanted] for k in range(wanted)]
+    while len(batches) < wanted:
+        k = max(range(len(batches)), key=lambda k: len(batches[k]))
+        half = len(batches[k]) // 2
+        batches[k : k + 1] = [batches[k][:half], batches[k][half:]]
+    return batches[RANK::WORLD_SIZE]
+
+
 def micro_batches(rows: list[tuple], max_tokens: int, device: torch.device, pad_id: int = 0) -> Iterator[tuple]:
     """Rows of (ids, mask, ...), lists of one length, as right-padded tensors: indices (n), ids (n, L), mask (n, L), ...
 
-    The longest rows come first; n * L is at most `max_tokens`, except that a longer row comes alone. What pads ids is
-    of no consequence under a causal model.
+    This rank's share, in the micro-batches of `micro_batch_rows`. What pads ids is of no consequence under a causal
+    model.
     """
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-    while order:
-        width = len(rows[order[0]][0])
-        batch, order = order[: max(1, max_tokens // width)], order[max(1, max_tokens // width) :]
+    for batch in micro_batch_rows([len(row[0]) for row in rows], max_tokens):
+        width = len(rows[batch[0]][0])
         ids, *others = zip(*(rows[i] for i in batch))
         ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in ids], device=device)
         others = [[row + [0] * (width - len(row)) for row in column] for column in others]
@@ -1134,8 +1235,8 @@ def load_model(name: str, device: torch.device, gradient_checkpointing: bool = F
 
 
 def to_device(model, device: torch.device, gradient_checkpointing: bool):
-    """The model on `device`, in training mode."""
-    model = model.to(device).train()
+    """The model on `device`, in training mode; where `shard` will follow, still on the CPU, as it may not fit."""
+    model = model.to(device if WORLD_SIZE == 1 else "cpu").train()
     for parameter in model.parameters():  # fresh, aligned memory: a resumed run then adds up the same bits
         parameter.data = parameter.data.clone()
     if gradient_checkpointing:
@@ -1146,7 +1247,7 @@ def to_device(model, device: torch.device, gradient_checkpointing: bool):
 def prepare_model(model, device: torch.device, gradient_checkpointing: bool):
     """The model on `device`, ready to train. Ends the run if its logits are not those that token_logprobs computes."""
     model = to_device(model, device, gradient_checkpointing)
-    ids = torch.arange(8, device=device)[None]
+    ids = torch.arange(8, device=model.device)[None]
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
         logprobs, _ = token_logprobs(model, ids, (ids > 0).float())
@@ -1154,6 +1255,61 @@ def prepare_model(model, device: torch.device, gradient_checkpointing: bool):
     capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # shows on large logits only
     require(same and not capped, "--model: its logits are more than lm_head(hidden), all that token_logprobs knows")
     return model
+
+
+def sampling_copy(model, device: torch.device):
+    """What rollouts run on: an unsharded copy, in bfloat16 on CUDA; the model itself where that will do."""
+    if device.type != "cuda" and WORLD_SIZE == 1:
+        return model
+    sampler = copy.deepcopy(model).requires_grad_(False).eval()
+    for parameter in sampler.parameters():  # and no buffers: rotary frequencies need float32
+        parameter.data = parameter.data.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return sampler.to(device)
+
+
+def whole(x: Tensor) -> Tensor:
+    """A sharded tensor in full, on every rank; any other as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+@torch.no_grad()
+def refresh(sampler, model):
+    """Gives a sampling copy the model's present weights."""
+    if sampler is not model:
+        for ours, theirs in zip(sampler.parameters(), model.parameters()):
+            ours.copy_(whole(theirs))
+
+
+def shard(model, device: torch.device):
+    """The model with a share of each weight on every rank (FSDP2); as it is where there is but one."""
+    if WORLD_SIZE > 1:
+        mesh = dist.init_device_mesh(device.type, (WORLD_SIZE,))
+        for module in model.modules():
+            if type(module).__name__ in model._no_split_modules:
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)  # so that its weights are always the sharded ones
+    return model
+
+
+def gathered(state: dict) -> dict:
+    """A state dict with whole tensors for its sharded ones, tied ones still tied; they reach the first rank alone."""
+    found = {}
+    for x in state.values():
+        if isinstance(x, DTensor) and id(x) not in found:
+            full = whole(x.detach())  # in which all ranks take part
+            found[id(x)] = full.cpu() if RANK == 0 else None
+    return {name: found.get(id(x), x) for name, x in state.items()}
+
+
+def sharded_like(parameter: Tensor, state: dict) -> dict:
+    """An optimizer's state of one parameter, this rank's share of it: the inverse of `gathered`."""
+    if not isinstance(parameter, DTensor):
+        return state
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return {
+        name: distribute_tensor(x, mesh, placements, src_data_rank=None) if x.shape == parameter.shape else x
+        for name, x in state.items()
+    }  # without a source: every rank has read the whole and keeps its share
 
 
 def read_dataset(name: str, split: str, flag: str, wanted: list[str]) -> list[dict]:
@@ -1242,7 +1398,13 @@ class Means:
                 self.counts[name] = self.counts.get(name, 0) + weight.sum()
 
     def result(self) -> dict[str, float]:
-        return {name: float(total / self.counts[name]) for name, total in self.sums.items()}
+        """The means over all ranks, and the maxima."""
+        here = torch.tensor([[self.sums[name], self.counts[name]] for name in self.sums], dtype=torch.float64)
+        totals, largest = over_ranks(here), over_ranks(here, dist.ReduceOp.MAX)
+        return {
+            name: (largest[i, 0] if name.endswith("_max") else totals[i, 0] / totals[i, 1]).item()
+            for i, name in enumerate(self.sums)
+        }
 
 
 class Run:
@@ -1265,7 +1427,8 @@ class Run:
         self.checkpoint = None  # the folder to load from instead of --model
         self.rows, self.record = [], {}  # of metrics.jsonl; the content of args.json
         self.optimizers, self.state = {}, {}  # by name; what state.pt holds beside them
-        self.loss = self.skipped = self.skipped_in_a_row = self.signal = 0
+        self.loss = self.skipped = self.skipped_in_a_row = 0
+        self.received = self.signal = 0  # the signal that came here; the one that all ranks know of
         self.checked, self.wandb, self.clock = False, None, time.perf_counter()
         read = [getattr(args, name, None) for name in ("model", "reference", "value_model")]
         for folder in (*read, *getattr(args, "reward", ())):
@@ -1308,9 +1471,16 @@ class Run:
         self.optimizers = optimizers
         if self.checkpoint:
             try:
-                self.state = torch.load(Path(self.checkpoint) / "state.pt", weights_only=True, map_location="cpu")
+                options = {
+                    "weights_only": True,
+                    "map_location": "cpu",
+                    "mmap": WORLD_SIZE > 1,
+                }  # a rank needs its share
+                self.state = torch.load(Path(self.checkpoint) / "state.pt", **options)
                 for name, optimizer in optimizers.items():
-                    optimizer.load_state_dict(self.state.pop(name))
+                    saved, (group,) = self.state.pop(name), optimizer.param_groups
+                    moments = {i: sharded_like(group["params"][i], x) for i, x in saved["state"].items()}
+                    optimizer.load_state_dict(saved | {"state": moments})
                 self.skipped, self.skipped_in_a_row = self.state["skipped"], self.state["skipped_in_a_row"]
             except Exception as error:  # whatever a broken file makes torch raise
                 raise SystemExit(
@@ -1324,6 +1494,17 @@ class Run:
             except (OSError, ValueError) as error:
                 raise SystemExit(f"--resume: {self.out / name} is broken: {error}") from error
         self.rows = logs["metrics.jsonl"]
+        if WORLD_SIZE > 1:
+            dist.barrier()  # all have read what the first rank now goes on to change
+        if RANK == 0:
+            self.open_folder(logs, resolved)
+        if __name__ == "__main__":  # a notebook keeps its own Ctrl-C
+            signal.signal(signal.SIGINT, self.on_signal)
+            signal.signal(signal.SIGTERM, self.on_signal)
+        self.first, self.clock = self.step, time.perf_counter()
+
+    def open_folder(self, logs: dict[str, list[dict]], resolved: dict):
+        """Makes the folder or clears it, and writes args.json and the logs up to the step that the run begins after."""
         if self.args.track:
             try:
                 import wandb
@@ -1351,16 +1532,12 @@ class Run:
         if self.args.track:
             options = {"id": self.record["wandb_id"], "resume": "allow", "dir": self.out, "name": self.out.name}
             self.wandb.init(project=self.args.wandb_project, config=self.settings | resolved, **options)
-        if __name__ == "__main__":  # a notebook keeps its own Ctrl-C
-            signal.signal(signal.SIGINT, self.on_signal)
-            signal.signal(signal.SIGTERM, self.on_signal)
-        self.first, self.clock = self.step, time.perf_counter()
 
     def on_signal(self, number: int, frame):
         """The first signal lets the step finish and be saved; a second one stops at once."""
-        if self.signal:
+        if self.received and (WORLD_SIZE == 1 or number == signal.SIGINT):  # torchrun repeats what a scheduler sends
             raise KeyboardInterrupt
-        self.signal = number
+        self.received = number
         print("stopping after this step; once more to stop at once", flush=True)
 
     def check_first_batch(self, tokenizer, ids: Tensor, mask: Tensor, gap: Tensor | None, means: Means):
@@ -1388,8 +1565,8 @@ class Run:
                 print("warning: sampling and training log-probabilities differ by more than 0.02 on average")
 
     def backward(self, loss: Tensor):
-        """Adds to the gradient. The losses of a step's micro-batches add up to the loss of the step."""
-        loss.backward()
+        """Adds to the gradient. The losses of a step's micro-batches, on all ranks, add up to the loss of the step."""
+        (loss * WORLD_SIZE).backward()  # FSDP averages over the ranks
         self.loss = self.loss + loss.detach()
 
     def discard(self):
@@ -1404,13 +1581,13 @@ class Run:
         Returns loss and grad_norm (value_grad_norm for a `value_optimizer`). Skips what is not finite; ten in a row
         end the run.
         """
-        metrics = {"loss": float(self.loss)}
+        metrics = {"loss": float(over_ranks(torch.as_tensor(self.loss)))}
         for name, lr in rates.items():
             (group,) = self.optimizers[name].param_groups
             for parameter in group["params"]:
                 if parameter.grad is None:  # no row had a signal: Adam's momentum still acts
                     parameter.grad = torch.zeros_like(parameter)
-            norm = torch.nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm).item()
+            norm = whole(torch.nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm)).item()
             group["lr"], metrics[name.replace("optimizer", "grad_norm")] = lr, norm
         if all(map(math.isfinite, metrics.values())):
             for name in rates:
@@ -1427,6 +1604,9 @@ class Run:
         """A row in metrics.jsonl, the samples in samples.jsonl, and a line on screen with the `shown` metrics."""
         metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
         self.rows.append({"step": step, **metrics, "skipped_updates": self.skipped})
+        self.signal = int(over_ranks(torch.tensor(self.received), dist.ReduceOp.MAX))  # all ranks agree before a save
+        if RANK > 0:
+            return
         for name, rows in (("samples", [{"step": step, **sample} for sample in samples]), ("metrics", self.rows[-1:])):
             with open(self.out / f"{name}.jsonl", "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -1447,6 +1627,13 @@ class Run:
             table = {"samples": self.wandb.Table(list(samples[0]), data)} if samples else {}
             self.wandb.log(self.rows[-1] | table, step=step)
 
+    def write_model(self, folder: Path, model, tokenizer):
+        """A plain Hugging Face folder, whole weights whatever the number of ranks."""
+        weights = gathered(model.state_dict(keep_vars=True))  # the parameters themselves, so that tied ones are one
+        if RANK == 0:
+            model.save_pretrained(folder, state_dict={name: x.detach() for name, x in weights.items()})
+            tokenizer.save_pretrained(folder)
+
     def save(self, step: int, model, tokenizer, **others):
         """checkpoints/step-N, the last two kept: a model folder with the optimizers' state. Exits if a signal came.
 
@@ -1454,23 +1641,32 @@ class Run:
         """
         folder = self.out / "checkpoints" / f"step-{step}"
         beside = folder.with_suffix(".tmp")
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        state = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        self.write_model(beside, model, tokenizer)
+        state = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        for name, optimizer in self.optimizers.items():
+            saved = optimizer.state_dict()
+            state[name] = saved | {"state": {i: gathered(moments) for i, moments in saved["state"].items()}}
         for name, x in others.items():
             if isinstance(x, torch.nn.Module):
-                x.save_pretrained(beside / name)
+                self.write_model(beside / name, x, tokenizer)
             else:
                 state[name] = x
-        state |= {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
-        torch.save(state, beside / "state.pt")
-        beside.rename(folder)
-        self.prune()
+        if RANK == 0:
+            torch.save(state, beside / "state.pt")
+            beside.rename(folder)
+            self.prune()
         if self.signal:
             print(f"stopped at step {step}: go on with --resume", flush=True)
-            if self.wandb:
-                self.wandb.finish()
+            self.close()
             raise SystemExit(128 + self.signal)
+
+    def close(self):
+        """Ends the tracking, and the ranks: none of them may end before all are done."""
+        if self.wandb:
+            self.wandb.finish()
+        if WORLD_SIZE > 1:
+            dist.barrier()
+            dist.destroy_process_group()
 
     def prune(self):
         """Keeps the last two checkpoints."""
@@ -1481,21 +1677,20 @@ class Run:
     def finish(self, steps: int, model, tokenizer) -> dict[str, float]:
         """Writes the final model to `out`, config.json last, and returns the final metrics."""
         beside = self.out / "checkpoints" / "final.tmp"
-        model.to(getattr(torch, self.args.save_dtype)).save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
-            path.replace(self.out / path.name)
-        beside.rmdir()
-        write_beside(self.out / "args.json", json.dumps(self.record | {"finished": steps}, indent=2))
-        self.prune()
-        if self.wandb:
-            self.wandb.finish()
+        self.write_model(beside, model.to(getattr(torch, self.args.save_dtype)), tokenizer)
+        if RANK == 0:
+            for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
+                path.replace(self.out / path.name)
+            beside.rmdir()
+            write_beside(self.out / "args.json", json.dumps(self.record | {"finished": steps}, indent=2))
+            self.prune()
+        self.close()
         print(f"wrote {self.out}")
         return self.summary()
 
     def summary(self) -> dict[str, float]:
         """The last row of metrics.jsonl, and the first evaluation as before/..."""
-        rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        rows = self.rows or [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
         before = {name: value for name, value in rows[0].items() if name.startswith("eval/")}
         return {name.replace("eval/", "before/"): value for name, value in before.items()} | rows[-1]
 

@@ -57,6 +57,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -69,9 +70,12 @@ from typing import Literal
 
 import datasets
 import torch
+import torch.distributed as dist
 import transformers
 import tyro
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 datasets.disable_progress_bars()
 transformers.utils.logging.disable_progress_bar()
@@ -200,7 +204,7 @@ def calibration(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, f
 
 # ----------------------------------------------------------------------------------------------------------------- data
 
-ARITHMETIC_ROWS = {"train": 20_000, "test": 2_000}
+ARITHMETIC_ROWS = {"train": 17_600, "test": 2_000}
 
 
 def solve(numbers: list[int], slip: float, habit: float, rng: random.Random) -> str:
@@ -413,6 +417,21 @@ def prepare_reward_model(model, tokenizer, eos_ids: list[int]):
     require(same, "--model: transformers computes another score than the head on the last token: use a decoder")
 
 
+def in_forward(function: Callable) -> Callable:
+    """Makes `function(model, ...)` run as a forward pass of the model, in which FSDP gathers the weights."""
+
+    @functools.wraps(function)
+    def wrapped(model, *args, **options):
+        if not isinstance(model, FSDPModule):
+            return function(model, *args, **options)
+        model.run = functools.partial(function, model)
+        register_fsdp_forward_method(model, "run")
+        return model.run(*args, **options)
+
+    return wrapped
+
+
+@in_forward
 def score(model, ids: Tensor, mask: Tensor) -> Tensor:
     """The reward of each text, (N,) in float32: the head on the hidden state of the last token whose mask is 1.
 
@@ -428,11 +447,11 @@ def score(model, ids: Tensor, mask: Tensor) -> Tensor:
 @torch.no_grad()
 def score_pairs(model, pairs: list[tuple], max_tokens: int) -> Tensor:
     """Rewards of the chosen and the rejected side of every pair, (N, 2) on the CPU."""
-    rewards = torch.zeros(len(pairs), 2)
+    rewards = torch.full((len(pairs), 2), -math.inf)
     for indices, ids, mask in pair_batches(pairs, max_tokens, model.device):
         with autocast(model.device):
             rewards[indices] = score(model, ids, mask).view(2, -1).T.cpu()
-    return rewards
+    return over_ranks(rewards, dist.ReduceOp.MAX)
 
 
 def evaluate_rewards(rewards: Tensor, pairs: list[tuple]) -> dict[str, float]:
@@ -490,6 +509,7 @@ def main(args: Args) -> dict[str, float]:
     name = run.checkpoint or args.model
     model = load_scorer(name, device, args.gradient_checkpointing, "--model", head_scale=1.0, seed=args.seed)
     prepare_reward_model(model, tokenizer, eos_ids)
+    model = shard(model, device)
     peak_lr = args.lr or (6e-4 if model.num_parameters() < 10_000_000 else 9e-6)
     optimizer = torch.optim.AdamW(model.parameters(), peak_lr, (0.9, args.adam_beta2), weight_decay=0.0, fused=True)
     print(f"{model.num_parameters():,} parameters on {device}, {len(train_pairs):,} pairs, peak lr {peak_lr:g}")
@@ -541,6 +561,11 @@ def main(args: Args) -> dict[str, float]:
 # The same in every script: read it once.
 
 
+# torchrun starts a process, a rank, for each GPU; without it there is one
+RANK = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+
+
 def require(ok: bool, message: str):
     """Ends the run with `message` unless `ok`."""
     if not ok:
@@ -560,8 +585,24 @@ def check_numbers(args: "Args"):
 
 
 def pick_device() -> torch.device:
-    """CUDA, else MPS, else CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    """CUDA, else MPS, else CPU. Under torchrun each rank takes its own GPU, and all but the first fall silent."""
+    has_mps = torch.backends.mps.is_available() and WORLD_SIZE == 1
+    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return device
+
+
+def over_ranks(x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
+    """The sum of x over all ranks, or its maximum: so rows that one rank each has filled in, among -inf, meet."""
+    if WORLD_SIZE > 1:
+        x = x.clone()
+        dist.all_reduce(x, operation)
+    return x
 
 
 def autocast(device: torch.device):
@@ -583,17 +624,41 @@ def shuffled_indices(num_rows: int, seed: int, purpose: str, step: int, count: i
     return indices
 
 
+def micro_batch_rows(widths: list[int], max_tokens: int) -> list[list[int]]:
+    """The row numbers of this rank's micro-batches, widest rows first: width * rows is at most `max_tokens`.
+
+    Only a wider row comes alone. Every rank has as many micro-batches, because sharded weights are gathered and
+    gradients are summed by all ranks at once: some are split or, if there are too few rows for that, hold one row too
+    many. widths: tokens of each row.
+    """
+    order, batches = sorted(range(len(widths)), key=lambda i: -widths[i]), []
+    if 0 < len(order) < WORLD_SIZE:
+        few = f"{len(order)} rows for {WORLD_SIZE} processes: raise --batch-size, --prompts-per-step or --eval-size"
+        require(not torch.is_grad_enabled(), few)
+        order = (order * WORLD_SIZE)[:WORLD_SIZE]  # without a gradient nothing adds up: rows may come twice
+    start = 0
+    while start < len(order):
+        count = max(1, max_tokens // widths[order[start]])
+        batches.append(order[start : start + count])
+        start += count
+    wanted = min(math.ceil(len(batches) / WORLD_SIZE), len(order) // WORLD_SIZE) * WORLD_SIZE
+    if len(batches) > wanted:
+        batches = [order[k::wanted] for k in range(wanted)]
+    while len(batches) < wanted:
+        k = max(range(len(batches)), key=lambda k: len(batches[k]))
+        half = len(batches[k]) // 2
+        batches[k : k + 1] = [batches[k][:half], batches[k][half:]]
+    return batches[RANK::WORLD_SIZE]
+
+
 def pair_batches(pairs: list[tuple], max_tokens: int, device: torch.device) -> Iterator[tuple]:
     """Pairs of (ids, mask) as right-padded tensors: indices (n), ids (2n, L), mask (2n, L), first the n chosen sides.
 
-    The longest pairs come first; 2n * L is at most `max_tokens`, except that a longer pair comes alone.
+    This rank's share, in the micro-batches of `micro_batch_rows`.
     """
     widths = [max(len(ids) for ids, _ in pair) for pair in pairs]
-    order = sorted(range(len(pairs)), key=lambda i: -widths[i])
-    while order:
-        width = widths[order[0]]
-        count = max(1, max_tokens // (2 * width))
-        batch, order = order[:count], order[count:]
+    for batch in micro_batch_rows([2 * width for width in widths], max_tokens):
+        width = widths[batch[0]]
         sides = [pairs[i][side] for side in (0, 1) for i in batch]
         ids, mask = ([row + [0] * (width - len(row)) for row in column] for column in zip(*sides))
         yield batch, torch.tensor(ids, device=device), torch.tensor(mask, dtype=torch.float32, device=device)
@@ -675,13 +740,50 @@ def load_config(name: str, flag: str):
 
 
 def to_device(model, device: torch.device, gradient_checkpointing: bool):
-    """The model on `device`, in training mode."""
-    model = model.to(device).train()
+    """The model on `device`, in training mode; where `shard` will follow, still on the CPU, as it may not fit."""
+    model = model.to(device if WORLD_SIZE == 1 else "cpu").train()
     for parameter in model.parameters():  # fresh, aligned memory: a resumed run then adds up the same bits
         parameter.data = parameter.data.clone()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def whole(x: Tensor) -> Tensor:
+    """A sharded tensor in full, on every rank; any other as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def shard(model, device: torch.device):
+    """The model with a share of each weight on every rank (FSDP2); as it is where there is but one."""
+    if WORLD_SIZE > 1:
+        mesh = dist.init_device_mesh(device.type, (WORLD_SIZE,))
+        for module in model.modules():
+            if type(module).__name__ in model._no_split_modules:
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)  # so that its weights are always the sharded ones
+    return model
+
+
+def gathered(state: dict) -> dict:
+    """A state dict with whole tensors for its sharded ones, tied ones still tied; they reach the first rank alone."""
+    found = {}
+    for x in state.values():
+        if isinstance(x, DTensor) and id(x) not in found:
+            full = whole(x.detach())  # in which all ranks take part
+            found[id(x)] = full.cpu() if RANK == 0 else None
+    return {name: found.get(id(x), x) for name, x in state.items()}
+
+
+def sharded_like(parameter: Tensor, state: dict) -> dict:
+    """An optimizer's state of one parameter, this rank's share of it: the inverse of `gathered`."""
+    if not isinstance(parameter, DTensor):
+        return state
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return {
+        name: distribute_tensor(x, mesh, placements, src_data_rank=None) if x.shape == parameter.shape else x
+        for name, x in state.items()
+    }  # without a source: every rank has read the whole and keeps its share
 
 
 def read_dataset(name: str, split: str, flag: str, wanted: list[str]) -> list[dict]:
@@ -770,7 +872,13 @@ class Means:
                 self.counts[name] = self.counts.get(name, 0) + weight.sum()
 
     def result(self) -> dict[str, float]:
-        return {name: float(total / self.counts[name]) for name, total in self.sums.items()}
+        """The means over all ranks, and the maxima."""
+        here = torch.tensor([[self.sums[name], self.counts[name]] for name in self.sums], dtype=torch.float64)
+        totals, largest = over_ranks(here), over_ranks(here, dist.ReduceOp.MAX)
+        return {
+            name: (largest[i, 0] if name.endswith("_max") else totals[i, 0] / totals[i, 1]).item()
+            for i, name in enumerate(self.sums)
+        }
 
 
 class Run:
@@ -793,7 +901,8 @@ class Run:
         self.checkpoint = None  # the folder to load from instead of --model
         self.rows, self.record = [], {}  # of metrics.jsonl; the content of args.json
         self.optimizers, self.state = {}, {}  # by name; what state.pt holds beside them
-        self.loss = self.skipped = self.skipped_in_a_row = self.signal = 0
+        self.loss = self.skipped = self.skipped_in_a_row = 0
+        self.received = self.signal = 0  # the signal that came here; the one that all ranks know of
         self.checked, self.wandb, self.clock = False, None, time.perf_counter()
         read = [getattr(args, name, None) for name in ("model", "reference", "value_model")]
         for folder in (*read, *getattr(args, "reward", ())):
@@ -836,9 +945,16 @@ class Run:
         self.optimizers = optimizers
         if self.checkpoint:
             try:
-                self.state = torch.load(Path(self.checkpoint) / "state.pt", weights_only=True, map_location="cpu")
+                options = {
+                    "weights_only": True,
+                    "map_location": "cpu",
+                    "mmap": WORLD_SIZE > 1,
+                }  # a rank needs its share
+                self.state = torch.load(Path(self.checkpoint) / "state.pt", **options)
                 for name, optimizer in optimizers.items():
-                    optimizer.load_state_dict(self.state.pop(name))
+                    saved, (group,) = self.state.pop(name), optimizer.param_groups
+                    moments = {i: sharded_like(group["params"][i], x) for i, x in saved["state"].items()}
+                    optimizer.load_state_dict(saved | {"state": moments})
                 self.skipped, self.skipped_in_a_row = self.state["skipped"], self.state["skipped_in_a_row"]
             except Exception as error:  # whatever a broken file makes torch raise
                 raise SystemExit(
@@ -852,6 +968,17 @@ class Run:
             except (OSError, ValueError) as error:
                 raise SystemExit(f"--resume: {self.out / name} is broken: {error}") from error
         self.rows = logs["metrics.jsonl"]
+        if WORLD_SIZE > 1:
+            dist.barrier()  # all have read what the first rank now goes on to change
+        if RANK == 0:
+            self.open_folder(logs, resolved)
+        if __name__ == "__main__":  # a notebook keeps its own Ctrl-C
+            signal.signal(signal.SIGINT, self.on_signal)
+            signal.signal(signal.SIGTERM, self.on_signal)
+        self.first, self.clock = self.step, time.perf_counter()
+
+    def open_folder(self, logs: dict[str, list[dict]], resolved: dict):
+        """Makes the folder or clears it, and writes args.json and the logs up to the step that the run begins after."""
         if self.args.track:
             try:
                 import wandb
@@ -879,16 +1006,12 @@ class Run:
         if self.args.track:
             options = {"id": self.record["wandb_id"], "resume": "allow", "dir": self.out, "name": self.out.name}
             self.wandb.init(project=self.args.wandb_project, config=self.settings | resolved, **options)
-        if __name__ == "__main__":  # a notebook keeps its own Ctrl-C
-            signal.signal(signal.SIGINT, self.on_signal)
-            signal.signal(signal.SIGTERM, self.on_signal)
-        self.first, self.clock = self.step, time.perf_counter()
 
     def on_signal(self, number: int, frame):
         """The first signal lets the step finish and be saved; a second one stops at once."""
-        if self.signal:
+        if self.received and (WORLD_SIZE == 1 or number == signal.SIGINT):  # torchrun repeats what a scheduler sends
             raise KeyboardInterrupt
-        self.signal = number
+        self.received = number
         print("stopping after this step; once more to stop at once", flush=True)
 
     def check_first_batch(self, tokenizer, ids: Tensor, mask: Tensor, gap: Tensor | None, means: Means):
@@ -916,8 +1039,8 @@ class Run:
                 print("warning: sampling and training log-probabilities differ by more than 0.02 on average")
 
     def backward(self, loss: Tensor):
-        """Adds to the gradient. The losses of a step's micro-batches add up to the loss of the step."""
-        loss.backward()
+        """Adds to the gradient. The losses of a step's micro-batches, on all ranks, add up to the loss of the step."""
+        (loss * WORLD_SIZE).backward()  # FSDP averages over the ranks
         self.loss = self.loss + loss.detach()
 
     def discard(self):
@@ -932,13 +1055,13 @@ class Run:
         Returns loss and grad_norm (value_grad_norm for a `value_optimizer`). Skips what is not finite; ten in a row
         end the run.
         """
-        metrics = {"loss": float(self.loss)}
+        metrics = {"loss": float(over_ranks(torch.as_tensor(self.loss)))}
         for name, lr in rates.items():
             (group,) = self.optimizers[name].param_groups
             for parameter in group["params"]:
                 if parameter.grad is None:  # no row had a signal: Adam's momentum still acts
                     parameter.grad = torch.zeros_like(parameter)
-            norm = torch.nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm).item()
+            norm = whole(torch.nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm)).item()
             group["lr"], metrics[name.replace("optimizer", "grad_norm")] = lr, norm
         if all(map(math.isfinite, metrics.values())):
             for name in rates:
@@ -955,6 +1078,9 @@ class Run:
         """A row in metrics.jsonl, the samples in samples.jsonl, and a line on screen with the `shown` metrics."""
         metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
         self.rows.append({"step": step, **metrics, "skipped_updates": self.skipped})
+        self.signal = int(over_ranks(torch.tensor(self.received), dist.ReduceOp.MAX))  # all ranks agree before a save
+        if RANK > 0:
+            return
         for name, rows in (("samples", [{"step": step, **sample} for sample in samples]), ("metrics", self.rows[-1:])):
             with open(self.out / f"{name}.jsonl", "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -975,6 +1101,13 @@ class Run:
             table = {"samples": self.wandb.Table(list(samples[0]), data)} if samples else {}
             self.wandb.log(self.rows[-1] | table, step=step)
 
+    def write_model(self, folder: Path, model, tokenizer):
+        """A plain Hugging Face folder, whole weights whatever the number of ranks."""
+        weights = gathered(model.state_dict(keep_vars=True))  # the parameters themselves, so that tied ones are one
+        if RANK == 0:
+            model.save_pretrained(folder, state_dict={name: x.detach() for name, x in weights.items()})
+            tokenizer.save_pretrained(folder)
+
     def save(self, step: int, model, tokenizer, **others):
         """checkpoints/step-N, the last two kept: a model folder with the optimizers' state. Exits if a signal came.
 
@@ -982,23 +1115,32 @@ class Run:
         """
         folder = self.out / "checkpoints" / f"step-{step}"
         beside = folder.with_suffix(".tmp")
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        state = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        self.write_model(beside, model, tokenizer)
+        state = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        for name, optimizer in self.optimizers.items():
+            saved = optimizer.state_dict()
+            state[name] = saved | {"state": {i: gathered(moments) for i, moments in saved["state"].items()}}
         for name, x in others.items():
             if isinstance(x, torch.nn.Module):
-                x.save_pretrained(beside / name)
+                self.write_model(beside / name, x, tokenizer)
             else:
                 state[name] = x
-        state |= {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
-        torch.save(state, beside / "state.pt")
-        beside.rename(folder)
-        self.prune()
+        if RANK == 0:
+            torch.save(state, beside / "state.pt")
+            beside.rename(folder)
+            self.prune()
         if self.signal:
             print(f"stopped at step {step}: go on with --resume", flush=True)
-            if self.wandb:
-                self.wandb.finish()
+            self.close()
             raise SystemExit(128 + self.signal)
+
+    def close(self):
+        """Ends the tracking, and the ranks: none of them may end before all are done."""
+        if self.wandb:
+            self.wandb.finish()
+        if WORLD_SIZE > 1:
+            dist.barrier()
+            dist.destroy_process_group()
 
     def prune(self):
         """Keeps the last two checkpoints."""
@@ -1009,21 +1151,20 @@ class Run:
     def finish(self, steps: int, model, tokenizer) -> dict[str, float]:
         """Writes the final model to `out`, config.json last, and returns the final metrics."""
         beside = self.out / "checkpoints" / "final.tmp"
-        model.to(getattr(torch, self.args.save_dtype)).save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
-            path.replace(self.out / path.name)
-        beside.rmdir()
-        write_beside(self.out / "args.json", json.dumps(self.record | {"finished": steps}, indent=2))
-        self.prune()
-        if self.wandb:
-            self.wandb.finish()
+        self.write_model(beside, model.to(getattr(torch, self.args.save_dtype)), tokenizer)
+        if RANK == 0:
+            for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
+                path.replace(self.out / path.name)
+            beside.rmdir()
+            write_beside(self.out / "args.json", json.dumps(self.record | {"finished": steps}, indent=2))
+            self.prune()
+        self.close()
         print(f"wrote {self.out}")
         return self.summary()
 
     def summary(self) -> dict[str, float]:
         """The last row of metrics.jsonl, and the first evaluation as before/..."""
-        rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        rows = self.rows or [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
         before = {name: value for name, value in rows[0].items() if name.startswith("eval/")}
         return {name.replace("eval/", "before/"): value for name, value in before.items()} | rows[-1]
 

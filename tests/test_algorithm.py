@@ -392,6 +392,21 @@ def test_advantages_per_token_or_of_a_lone_row_are_refused():
             grpo.grpo_loss(**(case | {"advantages": advantages}), clip_eps=0.2, kl_coef=0.0, num_sequences=6)
 
 
+def test_weights_scale_the_objective_of_each_token_but_not_its_kl():
+    """Two actions at ratio 1.5, clipped at 1.2 under A = 2: 2.4 each, weighted by 2 and .5, so (4.8 + 1.2) / 2 = 3.
+    The KL, k3 = e^d - d - 1 at d = ln 2, 1 - ln 2, has weight 1: 3 - .1 (1 - ln 2). Under A = -2 nothing is clipped:
+    -3 each, (-6 - 1.5) / 2 = -3.75, and its gradient in the log-probabilities is that over 2 at each token."""
+    mask, weights = torch.ones(1, 2), torch.tensor([[2.0, 0.5]])
+    logprobs = torch.full((1, 2), math.log(0.3), requires_grad=True)
+    case = {"logprobs": logprobs, "old_logprobs": torch.full((1, 2), math.log(0.2)), "mask": mask, "weights": weights}
+    case |= {"ref_logprobs": torch.full((1, 2), math.log(0.6)), "clip_eps": 0.2, "num_sequences": 1}
+    loss = grpo.grpo_loss(**case, advantages=torch.tensor([2.0]), kl_coef=0.1)
+    assert loss.item() == pytest.approx(-3 + 0.1 * (1 - math.log(2)), rel=1e-5)
+    loss = grpo.grpo_loss(**case, advantages=torch.tensor([-2.0]), kl_coef=0.0)
+    assert loss.item() == pytest.approx(3.75, rel=1e-5)
+    assert torch.autograd.grad(loss, logprobs)[0].tolist()[0] == pytest.approx([3.0, 0.75], rel=1e-5)
+
+
 def test_a_row_without_an_action_is_refused():
     """Its length 0 would divide by 0."""
     case = random_case()

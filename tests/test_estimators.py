@@ -60,11 +60,13 @@ def expectation(theta, of):
     return sum(w * of(i, logprobs_of(theta, y)) for i, (w, y) in enumerate(zip(weights, SEQUENCES)))
 
 
-def loss_of(logprobs, advantage, ref_logprobs=None, kl_coef=0.0, old_logprobs=None, mask=MASK, clip_eps=0.2):
+def loss_of(
+    logprobs, advantage, ref_logprobs=None, kl_coef=0.0, old_logprobs=None, mask=MASK, clip_eps=0.2, weights=None
+):
     """grpo_loss of one sequence that is the whole step, on policy unless `old_logprobs` are given."""
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
     advantages = torch.tensor([advantage], dtype=torch.float64)
-    return grpo.grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, clip_eps, kl_coef, 1)
+    return grpo.grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, clip_eps, kl_coef, 1, weights)
 
 
 def close(a, b):
@@ -221,6 +223,25 @@ def test_samples_of_an_older_policy_are_corrected_by_the_ratio():
     expected_reward = (pi.softmax(0) * torch.tensor(REWARDS[1 : V + 1])).sum()
     assert close(-loss, expected_reward)
     assert close(-gradient(loss, pi), gradient(expected_reward, pi))
+
+
+def test_samples_that_another_network_drew_are_corrected_by_the_weight():
+    """One-token completions drawn by a sampler in another arithmetic: weighted by pi / sampler the expected gradient at
+    ratio 1 is that of E_pi[A]. Unweighted it is not, and a cap below the largest weight leaves a bias."""
+    pi = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
+    sampler = torch.tensor([0.0, 0.4, 0.1], dtype=torch.float64).log_softmax(0)
+    mask = torch.ones(1, 1, dtype=torch.float64)
+    expected_reward = (pi.softmax(0) * torch.tensor(REWARDS[1 : V + 1])).sum()
+    found = {}
+    for cap in (0.0, 1.1, 5.0):
+        loss = torch.zeros(())
+        for token in range(V):
+            logprobs = pi.log_softmax(0)[token].view(1, 1)
+            weights = (logprobs.detach() - sampler[token]).exp().clamp(max=cap) if cap else None
+            loss = loss + sampler[token].exp() * loss_of(logprobs, REWARDS[token + 1], mask=mask, weights=weights)
+        found[cap] = -gradient(loss, pi)
+    assert close(found[5.0], gradient(expected_reward, pi))
+    assert far(found[0.0], found[5.0]) and far(found[1.1], found[5.0])
 
 
 def test_reward_and_kl_together_ascend_the_stated_objective():

@@ -32,12 +32,14 @@ def test_readme_shows_commands_of_every_script():
 
 
 @pytest.mark.parametrize(
-    "command", [command for command in commands() if re.match(r"python (sft|rm|ppo|grpo|dpo)\.py", command)]
+    "command",
+    [command for command in commands() if re.match(r"(python|torchrun [^.]*) (sft|rm|ppo|grpo|dpo)\.py", command)],
 )
 def test_commands_parse(command):
     """The flags exist and their values are accepted; Args checks the numbers itself."""
-    _, script, *flags = shlex.split(command, comments=True)
-    tyro.cli(SCRIPTS[script].Args, args=flags)
+    words = shlex.split(command, comments=True)
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    tyro.cli(SCRIPTS[words[script]].Args, args=words[script + 1 :])
 
 
 def test_a_wrong_flag_would_be_noticed():

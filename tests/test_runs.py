@@ -481,6 +481,23 @@ def test_the_sft_rows_of_a_step_of_ppo_are_shared_among_its_minibatches(data, ti
         assert sorted(normalisers) == (sorted(lengths) if count == 4 else [sum(lengths)])
 
 
+@ONLINE
+def test_is_cap_weighs_the_gradient_of_each_token(name, data, tiny_folder, tmp_path):
+    """On a CPU sampling and training agree, so every weight is 1; capped at 1/2 they are 1/2, and halve the gradient of
+    the policy, but not that of the value model. With a cap of 2 the weights change nothing."""
+    changes = {"kl_coef": 0.0, "steps": 1, **ONE_UPDATE} if name == "ppo" else {"kl_coef": 0.0, "steps": 1}
+    rows = {}
+    for cap in (0.0, 0.5, 2.0):
+        run(name, data, tiny_folder, tmp_path / str(cap), is_cap=cap, **changes)
+        rows[cap] = metrics_of(tmp_path / str(cap))[1]
+    assert "is_weight" not in rows[0.0] and rows[0.0]["grad_norm"] > 1e-3
+    assert rows[0.5]["is_weight"] == 0.5 and rows[2.0]["is_weight"] == pytest.approx(1.0, abs=1e-5)
+    assert rows[0.5]["grad_norm"] == pytest.approx(0.5 * rows[0.0]["grad_norm"], rel=1e-3)
+    assert rows[2.0]["grad_norm"] == pytest.approx(rows[0.0]["grad_norm"], rel=1e-3)
+    if name == "ppo":
+        assert rows[0.5]["value_grad_norm"] == pytest.approx(rows[0.0]["value_grad_norm"], rel=1e-3)
+
+
 def test_the_true_accuracy_of_ppo_stands_beside_the_score_of_a_reward_model(tiny_folder, tmp_path):
     """A policy that answers every prompt with `#### 2`, right for half of the rows: `accuracy` is the share of the
     rollout's rows whose answer is 2, while `reward` is what the reward model gives."""
