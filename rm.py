@@ -204,7 +204,7 @@ def calibration(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, f
 
 # ----------------------------------------------------------------------------------------------------------------- data
 
-ARITHMETIC_ROWS = {"train": 17_600, "test": 2_000}
+ARITHMETIC_ROWS = {"train": 20_000, "test": 2_000}
 
 
 def solve(numbers: list[int], slip: float, habit: float, rng: random.Random) -> str:
