@@ -25,6 +25,7 @@ KL: nowhere in the loss; beta stands for it. At the optimum a larger beta stays 
     the gradient too: under plain gradient descent a short run may end further away (Adam divides the scale out).
 Mask and normaliser: EOS is part of the completion; the mean is over the pairs of the whole step.
 Truncation: none. A pair of which either side exceeds `max_length` is dropped and counted.
+Unlike the paper: label smoothing, AdamW instead of RMSprop, and a learning rate that decays.
 
 Data: rows of prompt + chosen + rejected, text or messages; or of chosen + rejected alone, whole conversations whose
     shared beginning is the prompt (messages, or text with turns marked as in HH-RLHF).
@@ -328,7 +329,8 @@ def split_pair(row: dict, chat: bool) -> dict | None:
     """The row with `prompt` and the texts `chosen` and `rejected`; None if the sides differ in more than the last turn.
 
     Without a prompt, or as lists of messages, the sides are whole conversations, and what precedes their last turn is
-    the prompt: messages, or text in the layout of HH-RLHF, which becomes messages if `chat` (there is a template).
+    the prompt: messages, or text in the layout of HH-RLHF, which becomes messages if `chat` (there is a template). A
+    prompt of its own is taken as it is: text is one turn of the user.
     """
     prompt, chosen, rejected = row.get("prompt", row.get("question")), row["chosen"], row["rejected"]
     mark = "\n\nAssistant:"
@@ -351,13 +353,13 @@ def split_pair(row: dict, chat: bool) -> dict | None:
         prompt, chosen, other, rejected = chosen[:end], chosen[end:], rejected[:end], rejected[end:]
         if prompt != other or any(turn in chosen + rejected for turn in (mark, "\n\nHuman:")):
             return None
-    if chat and isinstance(prompt, str) and prompt.rstrip().endswith(mark):
-        head, *turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + prompt.strip().removesuffix(mark))
-        names = [None, *turns[::2]]  # who speaks; nobody in front of the first mark
-        roles = {None: "system", "Human": "user", "Assistant": "assistant"}
-        turns = [(roles[name], text.strip()) for name, text in zip(names, [head, *turns[1::2]])]
-        prompt = [{"role": role, "content": text} for role, text in turns if role != "system" or text]
-        chosen, rejected = chosen.strip(), rejected.strip()
+        if chat:
+            head, *turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + prompt.strip().removesuffix(mark))
+            names = [None, *turns[::2]]  # who speaks; nobody in front of the first mark
+            roles = {None: "system", "Human": "user", "Assistant": "assistant"}
+            turns = [(roles[name], text.strip()) for name, text in zip(names, [head, *turns[1::2]])]
+            prompt = [{"role": role, "content": text} for role, text in turns if role != "system" or text]
+            chosen, rejected = chosen.strip(), rejected.strip()
     return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
@@ -496,12 +498,14 @@ def load_reference(args: Args, tokenizer, device: torch.device):
 def score_completions(args: Args) -> dict[str, float]:
     """--score-only: writes `out`/implicit_rewards.jsonl, beta * log(pi / pi_ref) of each completion; returns its means.
 
-    Rows are pairs, or prompt + completion. Only completions of one prompt compare: beta * log Z(prompt) is unknown.
+    Rows are pairs, or prompt + completion; `row` is each one's number in the data, from 0. Only completions of one
+    prompt compare: beta * log Z(prompt) is unknown.
     """
     path, device = Path(args.out) / "implicit_rewards.jsonl", pick_device()
     require(not path.parent.is_file(), f"--out {args.out} is a file: name a folder")
     require(args.overwrite or not path.exists(), f"--out: {path} exists: replace it with --overwrite")
     rows = read_dataset(args.dataset, "test", "--dataset", ["chosen+rejected", "prompt+completion"])
+    rows = [{**row, "row": i} for i, row in enumerate(rows)]  # from 0; some may be dropped below
     tokenizer, eos_ids = load_tokenizer(args.model, args.max_length)
     is_pair = {"chosen", "rejected"} <= set(rows[0])
     names, encoder = (["chosen", "rejected"], encode_pair) if is_pair else (["completion"], encode_row)

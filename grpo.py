@@ -397,6 +397,7 @@ def load_reward(spec: str, args: "Args", device: torch.device) -> Callable[[list
             names_a_model(spec),
             f"--reward {spec} is neither exact, format, a model's folder or Hub id, nor file.py:function",
         )
+        require_window(load_config(spec, "--reward"), f"--reward {spec}", args.max_prompt_length + args.max_new_tokens)
         return RewardModel(spec, args.system_prompt, device, args.micro_batch_tokens)
     require(Path(path).is_file(), f"--reward {spec}: there is no file {path}")
     try:

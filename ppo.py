@@ -42,11 +42,10 @@ Metrics (metrics.jsonl), and what healthy looks like:
   grad_norm, value_grad_norm, lr, value_lr, num_updates    norms before clipping, means over the updates
   completion_length, truncated_frac  tokens, EOS included; share cut at `max_new_tokens`
   sampling_gap_max, sampling_gap_mean    |sampling - training log-probability|: below 1e-3 in float32
-  is_weight               mean of the weights that `is_cap` bounds; near 1
   eval/accuracy_sampled, eval/accuracy_greedy, eval/answered_*, eval/reward_*    held-out prompts, without the penalty
-  skipped_updates         updates left out so far because they were not finite
-B prompts, G samples per prompt, N = B*G sequences, L tokens (prompt + completion), V vocabulary, D hidden. Index t of
-every (N, L) tensor speaks of the decision to emit token t (read from the hidden state at t-1).
+  skipped_updates, is_weight    updates left out so far, not finite; mean of the weights that `is_cap` bounds: near 1
+B prompts, G samples each, N = B*G sequences (n in a micro-batch), M minibatches, L tokens (prompt + completion),
+V vocabulary, D hidden. Index t of an (N, L) tensor speaks of the decision to emit token t (read from the state at t-1).
 """
 
 import copy
@@ -462,6 +461,7 @@ def load_reward(spec: str, args: "Args", device: torch.device) -> Callable[[list
             names_a_model(spec),
             f"--reward {spec} is neither exact, format, a model's folder or Hub id, nor file.py:function",
         )
+        require_window(load_config(spec, "--reward"), f"--reward {spec}", args.max_prompt_length + args.max_new_tokens)
         return RewardModel(spec, args.system_prompt, device, args.micro_batch_tokens)
     require(Path(path).is_file(), f"--reward {spec}: there is no file {path}")
     try:

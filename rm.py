@@ -22,6 +22,7 @@ Mask and normaliser: the reward is read at the last token of the text (EOS, or w
 Truncation: none. A pair of which either side exceeds `max_length` is dropped and counted.
 Initialisation: the language model's weights, and a new head `score` without bias, drawn with mean 0 and variance
     1/(D+1) (Stiennon et al. 2020, arXiv:2009.01325).
+Unlike Ouyang et al.: one pair a prompt instead of all pairs among 4 to 9 ranked completions; margin and centering.
 
 Data: rows of prompt + chosen + rejected, text or messages; or of chosen + rejected alone, whole conversations whose
     shared beginning is the prompt (messages, or text with turns marked as in HH-RLHF). `margin`, an optional column.
@@ -284,7 +285,8 @@ def split_pair(row: dict, chat: bool) -> dict | None:
     """The row with `prompt` and the texts `chosen` and `rejected`; None if the sides differ in more than the last turn.
 
     Without a prompt, or as lists of messages, the sides are whole conversations, and what precedes their last turn is
-    the prompt: messages, or text in the layout of HH-RLHF, which becomes messages if `chat` (there is a template).
+    the prompt: messages, or text in the layout of HH-RLHF, which becomes messages if `chat` (there is a template). A
+    prompt of its own is taken as it is: text is one turn of the user.
     """
     prompt, chosen, rejected = row.get("prompt", row.get("question")), row["chosen"], row["rejected"]
     mark = "\n\nAssistant:"
@@ -307,13 +309,13 @@ def split_pair(row: dict, chat: bool) -> dict | None:
         prompt, chosen, other, rejected = chosen[:end], chosen[end:], rejected[:end], rejected[end:]
         if prompt != other or any(turn in chosen + rejected for turn in (mark, "\n\nHuman:")):
             return None
-    if chat and isinstance(prompt, str) and prompt.rstrip().endswith(mark):
-        head, *turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + prompt.strip().removesuffix(mark))
-        names = [None, *turns[::2]]  # who speaks; nobody in front of the first mark
-        roles = {None: "system", "Human": "user", "Assistant": "assistant"}
-        turns = [(roles[name], text.strip()) for name, text in zip(names, [head, *turns[1::2]])]
-        prompt = [{"role": role, "content": text} for role, text in turns if role != "system" or text]
-        chosen, rejected = chosen.strip(), rejected.strip()
+        if chat:
+            head, *turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + prompt.strip().removesuffix(mark))
+            names = [None, *turns[::2]]  # who speaks; nobody in front of the first mark
+            roles = {None: "system", "Human": "user", "Assistant": "assistant"}
+            turns = [(roles[name], text.strip()) for name, text in zip(names, [head, *turns[1::2]])]
+            prompt = [{"role": role, "content": text} for role, text in turns if role != "system" or text]
+            chosen, rejected = chosen.strip(), rejected.strip()
     return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 

@@ -894,11 +894,10 @@ def test_text_in_front_of_the_first_turn_becomes_the_system_turn(script):
 
 
 @BOTH
-def test_a_marked_prompt_of_its_own_column_becomes_messages_too(script):
-    """The same conversation, cut beforehand; without a chat template it stays text."""
+def test_a_text_prompt_of_its_own_column_is_one_turn_whatever_it_holds(script):
+    """As in ppo.py, grpo.py and sft.py, which know no marks: all scripts must read a prompt alike."""
     row = {"prompt": HH, "chosen": " So long.", "rejected": " Go."}
-    assert script.split_pair(row, True) == {"prompt": TALK, "chosen": "So long.", "rejected": "Go."}
-    assert script.split_pair(row, False) == row
+    assert script.split_pair(row, True) == script.split_pair(row, False) == row
 
 
 PARTED = {
