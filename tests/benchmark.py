@@ -6,6 +6,9 @@
     python tests/benchmark.py sft           how long is one SFT step, against TRL's SFTTrainer?
     python tests/benchmark.py dpo           how long is one DPO step, against TRL's DPOTrainer?
     python tests/benchmark.py rm            how long is one step of a reward model, against TRL's RewardTrainer?
+    python tests/benchmark.py ppo           how long is one PPO step, against the sum of its parts?
+    python tests/benchmark.py train         how much of the hardware's arithmetic does a training step use?
+    python tests/benchmark.py scale         how do time and memory grow with length, group size and vocabulary?
     python tests/benchmark.py acceptance    do all default runs reach their accuracy, and do the controls hold?
     python tests/benchmark.py figure        draws what acceptance found: the true accuracy of every method
     python tests/benchmark.py curve         draws the learning curve of the default run of sft.py and grpo.py
@@ -13,11 +16,14 @@
 
 Comparisons warm both sides up, then alternate them on the same machine, and print every pair, the medians and the
 median ratio. Measure on a machine that does nothing else. Set up: pip install -r requirements.txt
--r tests/requirements.txt. Every command has --help.
+-r tests/requirements.txt. Every command has --help. Where `--model` may be a shape, `qwen2.5-0.5b`, `qwen2.5-1.5b` and
+`tiny` stand for models of that shape with random weights, built on the spot. Those with 151,936 words hardly ever stop
+before the limit, so that both sides do the same work.
 """
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import io
 import json
@@ -46,6 +52,7 @@ sys.path.insert(0, str(ROOT))
 
 import dpo  # noqa: E402
 import grpo  # noqa: E402
+import ppo  # noqa: E402
 import rm  # noqa: E402
 import sft  # noqa: E402
 
@@ -112,9 +119,56 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def check_model(model: str):
-    """Ends the command if there is no such folder."""
-    grpo.require(Path(model).is_dir(), f"--model {model}: there is no such folder; `python sft.py` makes runs/sft")
+SHAPES = {
+    "tiny": {
+        "vocab_size": 261, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    },
+    "qwen2.5-0.5b": {
+        "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2,
+    },
+    "qwen2.5-1.5b": {
+        "vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+        "num_attention_heads": 12, "num_key_value_heads": 2,
+    },
+}  # fmt: skip
+
+
+def random_model(shape: str, seed: int = 0, **changes) -> transformers.PreTrainedModel:
+    """A language model of one of SHAPES with random weights."""
+    config = transformers.Qwen2Config(
+        **{**SHAPES[shape], **changes}, tie_word_embeddings=True, max_position_embeddings=32_768, pad_token_id=0,
+        eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return transformers.Qwen2ForCausalLM(config)
+
+
+def model_folder(model: str, folder: str) -> str:
+    """The folder of `--model`; one of SHAPES is written to `folder`. Ends the command if there is neither."""
+    if model in SHAPES:
+        path = f"{folder}/{model}"
+        random_model(model).save_pretrained(path)
+        sft.tiny_tokenizer().save_pretrained(path)
+        return path
+    known = f"neither a folder (`python sft.py` makes runs/sft) nor one of {list(SHAPES)}"
+    grpo.require(Path(model).is_dir(), f"--model {model}: {known}")
+    return model
+
+
+@functools.cache
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes per second that one large copy reads and writes: the best of ten."""
+    source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
+    target, seconds = torch.empty_like(source), []
+    for _ in range(10):
+        synchronize()
+        clock = time.perf_counter()
+        target.copy_(source)
+        synchronize()
+        seconds.append(time.perf_counter() - clock)
+    return 2 * source.numel() * source.element_size() / min(seconds)
 
 
 # ------------------------------------------------------------------------------------------------------------- rollout
@@ -125,22 +179,24 @@ def rollout(
 ):
     """The rollout against `model.generate`: same model, held-out prompts, sampling and limits, in tokens per second.
 
-    Both sides count the tokens of their completions up to and including EOS. The time of this repository's side
-    includes the random draws and the sampling log-probabilities, which `model.generate` is not asked for.
+    Both sides count the tokens of their completions up to and including EOS, and on CUDA run the same bfloat16 copy.
+    The time of this repository's side includes the random draws and the sampling log-probabilities, which
+    `model.generate` is not asked for. The bound: every decoding step must read all weights and the cache once.
 
     Args:
-        model: Folder of the model.
+        model: Folder of the model, or a shape.
         pairs: Measurements of each side.
         num_prompts: Prompts, all in one batch.
         num_samples: Completions sampled for each prompt.
         max_new_tokens: Longest completion, in tokens.
     """
-    check_model(model)
     print_machine()
-    tokenizer, eos_ids = grpo.load_tokenizer(model, max_new_tokens)
-    policy = grpo.load_model(model, grpo.pick_device()).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        name, device = model_folder(model, folder), grpo.pick_device()
+        tokenizer, eos_ids = grpo.load_tokenizer(name, max_new_tokens)
+        policy = grpo.sampling_copy(grpo.load_model(name, device), device).eval()
     prompts = [grpo.encode_prompt(tokenizer, row, None) for row in grpo.arithmetic_rows("test", num_prompts)]
-    width, num_rows, device = max(map(len, prompts)), num_prompts * num_samples, policy.device
+    width, num_rows = max(map(len, prompts)), num_prompts * num_samples
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(x)) + x for x in prompts], device=device)
     seen = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=device)
     stops = torch.tensor(eos_ids, device=device)
@@ -159,8 +215,7 @@ def rollout(
         torch.manual_seed(draw)
         synchronize()
         clock = time.perf_counter()
-        with grpo.autocast(device):
-            completions = policy.generate(input_ids=ids, attention_mask=seen, **options)[:, width:]
+        completions = policy.generate(input_ids=ids, attention_mask=seen, **options)[:, width:]
         synchronize()
         seconds = time.perf_counter() - clock
         before = torch.isin(completions, stops).int().cumsum(1) == 0  # the tokens before the first EOS
@@ -171,8 +226,18 @@ def rollout(
     for name, side in (("this repository", mine), ("model.generate", others)):
         length, seconds = mean(tokens for tokens, _ in side) / num_rows, median(seconds for _, seconds in side)
         print(f"{name}: mean completion {length:.2f} tokens, median {seconds:.3f} s")
-    ratio = print_pairs("model.generate", "tokens/s", *([a / b for a, b in side] for side in (mine, others)), digits=0)
-    print_aim("at least 1.5 times as fast", ratio >= 1.5)
+    speeds = [[a / b for a, b in side] for side in (mine, others)]
+    ratio = print_pairs("model.generate", "tokens/s", *speeds, digits=0)
+    print_aim("at least 1.6 times as fast", ratio >= 1.6)
+    length, config = mean(tokens for tokens, _ in mine) / num_rows, policy.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    entry = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * policy.dtype.itemsize  # keys, values
+    weights = sum(x.numel() * x.element_size() for x in policy.parameters())
+    cache = num_rows * (mean(map(len, prompts)) + length / 2) * entry  # on average over the steps
+    bound = num_rows / ((weights + cache) / memory_bandwidth(device))
+    print(f"{weights / 1e6:,.0f} MB of weights and {cache / 1e6:,.0f} MB of cache, read once a step, bound it to")
+    print(f"{bound:,.0f} tokens/s at the {memory_bandwidth(device) / 1e9:,.0f} GB/s that a large copy reaches here;")
+    print(f"reached: {median(speeds[0]) / bound:.3f} of that")
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -183,6 +248,22 @@ def status_bytes(field: str) -> int | None:
     path = Path("/proc/self/status")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
+
+
+def peak_memory() -> tuple[int, Callable[[], int]]:
+    """Bytes in use now, and a function that tells the most in use since: of CUDA's allocator, else of the process."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
+    with contextlib.suppress(OSError):  # then the peak may be that of the start-up: too high, never too low
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    unit = 1 if sys.platform == "darwin" else 1024
+
+    def of(field: str) -> int:
+        return status_bytes(field) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    return of("VmRSS"), functools.partial(of, "VmHWM")
 
 
 def measure_memory(side: str, num_tokens: int, folder: str) -> float:
@@ -216,20 +297,9 @@ def measure_memory(side: str, num_tokens: int, folder: str) -> float:
     forward_and_backward(ids[:1, :9], mask[:1, :9], weights[:1, :9])  # what the libraries allocate once, they have now
     for parameter in model.parameters():
         parameter.grad.zero_()  # stays allocated: the baseline holds weights and gradients
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        baseline = torch.cuda.memory_allocated()
-    else:
-        with contextlib.suppress(OSError):  # then the peak may be that of the start-up: too high, never too low
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        unit = 1 if sys.platform == "darwin" else 1024
-        baseline = status_bytes("VmRSS") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    baseline, peak = peak_memory()
     logprobs = forward_and_backward(ids, mask, weights)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = peak()
     gradients = {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}
     torch.save({"logprobs": logprobs.cpu(), "gradients": gradients}, Path(folder) / f"{side}.pt")
     return peak - baseline
@@ -269,6 +339,17 @@ def memory(pairs: int = 3, num_tokens: int = 2048):
 
 
 # ---------------------------------------------------------------------------------------------------------------- grpo
+
+
+COIN = '''"""A reward for models that know nothing: written by tests/benchmark.py."""
+
+import random
+
+
+def coin(prompts, completions, rows):
+    """0 or 1, at random."""
+    return [float(random.random() < 0.5) for _ in completions]
+'''
 
 
 class StepTimes(transformers.TrainerCallback):
@@ -318,9 +399,11 @@ def trl_steps(settings: grpo.Args, batch_size: int) -> Steps:
             prompt = [{"role": "user", "content": text}] if tokenizer.chat_template else text
             data.append({"prompt": prompt, "answer": answer})
 
-    def exact_match(completions, answer, **kwargs) -> list[float]:
+    (reward,) = (grpo.load_reward(name, settings, None) for name in settings.reward)
+
+    def reward_of(completions, answer, **kwargs) -> list[float]:
         texts = [x if isinstance(x, str) else x[0]["content"] for x in completions]
-        return [grpo.exact_match(text, expected) for text, expected in zip(texts, answer)]
+        return reward(texts, texts, [{"answer": x} for x in answer])
 
     warnings.simplefilter("ignore", FutureWarning)  # TRL and transformers disagree about names
     device, times = grpo.pick_device(), StepTimes()
@@ -361,7 +444,7 @@ def trl_steps(settings: grpo.Args, batch_size: int) -> Steps:
     model = transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
     model.generation_config.eos_token_id = eos_ids
     with contextlib.redirect_stdout(io.StringIO()):
-        trainer = GRPOTrainer(model, exact_match, config, Dataset.from_list(data), None, tokenizer, callbacks=[times])
+        trainer = GRPOTrainer(model, reward_of, config, Dataset.from_list(data), None, tokenizer, callbacks=[times])
         trainer.train()
     logs = [row for row in trainer.state.log_history if "reward" in row]
     return Steps(times.seconds, [row["reward"] for row in logs], [row["completions/mean_length"] for row in logs])
@@ -373,25 +456,27 @@ def grpo_step(
     steps: int = 8,
     prompts_per_step: int = 32,
     group_size: int = 8,
+    max_new_tokens: int = 64,
     micro_batch_tokens: int | None = grpo.Args.micro_batch_tokens,
     trl_batch_size: int | None = None,
 ):
     """One GRPO step (rollout, reward, loss, update) against TRL's GRPOTrainer: same model, prompts and settings.
 
     A pair is one short run of each side from the same weights; the time of a run is the median of its steps, the
-    first left out. No KL, no gradient checkpointing, one optimizer step for each rollout, float32 on the CPU.
+    first left out. No KL, no gradient checkpointing, one optimizer step for each rollout, float32 on the CPU. A model
+    of random weights is rewarded at random: there is nothing else to tell its completions apart.
 
     Args:
-        model: Folder of the model.
+        model: Folder of the model, or a shape.
         pairs: Runs of each side.
         steps: Steps of each run; the first is not counted.
         prompts_per_step: Prompts per rollout.
         group_size: Completions sampled per prompt.
+        max_new_tokens: Longest completion, in tokens.
         micro_batch_tokens: Most tokens in one forward and backward pass of this repository.
         trl_batch_size: Completions in one forward and backward pass of TRL, which accumulates gradients over the step;
             default: all of the step's at once.
     """
-    check_model(model)
     grpo.require(steps >= 2, f"--steps {steps}: must be at least 2, the first is not counted")
     num_sequences = prompts_per_step * group_size
     trl_batch_size = trl_batch_size or num_sequences
@@ -403,10 +488,12 @@ def grpo_step(
         raise SystemExit(f"{error}: pip install -r tests/requirements.txt") from error
     print_machine()
     with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "rewards.py").write_text(COIN)
         settings = grpo.Args(
-            model=model, prompts_per_step=prompts_per_step, group_size=group_size, kl_coef=0.0, lr=3e-4,
-            lr_schedule="constant", max_new_tokens=64, eval_size=8, eval_every=10**9, save_every=10**9,
-            sample_every=10**9, micro_batch_tokens=micro_batch_tokens,
+            model=model_folder(model, folder), prompts_per_step=prompts_per_step, group_size=group_size, kl_coef=0.0,
+            lr=3e-4, lr_schedule="constant", max_new_tokens=max_new_tokens, eval_size=8, eval_every=10**9,
+            save_every=10**9, sample_every=10**9, micro_batch_tokens=micro_batch_tokens,
+            reward=(f"{folder}/rewards.py:coin" if model in SHAPES else "exact",),
         )  # fmt: skip
 
         def ours(i: int) -> Steps:
@@ -515,7 +602,6 @@ def offline_step(
     name: str, trainer: str, aim: float, model: str, pairs: int, steps: int, batch_size: int, trl_batch: int
 ):
     """One step of sft.py, dpo.py or rm.py against TRL: what the commands of these names do."""
-    check_model(model)
     grpo.require(steps >= 2, f"--steps {steps}: must be at least 2, the first is not counted")
     trl_batch = trl_batch or batch_size
     grpo.require(batch_size % trl_batch == 0, f"--trl-batch-size {trl_batch}: must divide --batch-size {batch_size}")
@@ -529,9 +615,9 @@ def offline_step(
         rows, data = offline_rows(name, steps * batch_size + 8), Path(folder) / "rows.jsonl"
         (Path(folder) / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[-8:]))
         data.write_text("".join(json.dumps(row) + "\n" for row in rows[:-8]))
-        same = {"model": model, "dataset": str(data), "eval_dataset": f"{folder}/eval.jsonl", "batch_size": batch_size}
-        same |= {"lr": 1e-4, "lr_schedule": "constant", "eval_size": 8, "eval_every": 10**9, "save_every": 10**9}
-        same |= {"sample_every": 10**9, **({"beta": 0.1} if name == "dpo" else {})}
+        same = {"model": model_folder(model, folder), "dataset": str(data), "eval_dataset": f"{folder}/eval.jsonl"}
+        same |= {"batch_size": batch_size, "lr": 1e-4, "lr_schedule": "constant", "eval_size": 8, "eval_every": 10**9}
+        same |= {"save_every": 10**9, "sample_every": 10**9, **({"beta": 0.1} if name == "dpo" else {})}
 
         def side(run: Callable, label: str, i: int, *more):
             return run(name, script.Args(**same, seed=i, steps=steps if i else 2, out=f"{folder}/{label}-{i}"), *more)
@@ -563,7 +649,7 @@ def sft_step(
     of both sides should agree, but for rows that TRL's chat template ends otherwise.
 
     Args:
-        model: Folder of the model.
+        model: Folder of the model, or a shape.
         pairs: Runs of each side.
         steps: Steps of each run; the first is not counted.
         batch_size: Rows per step.
@@ -580,7 +666,7 @@ def dpo_step(
     Otherwise as `sft`.
 
     Args:
-        model: Folder of the model.
+        model: Folder of the model, or a shape.
         pairs: Runs of each side.
         steps: Steps of each run; the first is not counted.
         batch_size: Pairs per step.
@@ -592,16 +678,267 @@ def dpo_step(
 def rm_step(
     model: str = "runs/sft", pairs: int = 5, steps: int = 20, batch_size: int = 32, trl_batch_size: int | None = None
 ):
-    """One step of a reward model against TRL's RewardTrainer. Otherwise as `sft`; the heads start from other draws.
+    """One step of a reward model against TRL's RewardTrainer. Otherwise as `sft`, but the heads start from other draws.
 
     Args:
-        model: Folder of the model.
+        model: Folder of the model, or a shape.
         pairs: Runs of each side.
         steps: Steps of each run; the first is not counted.
         batch_size: Pairs per step.
         trl_batch_size: Pairs in one forward and backward pass of TRL; default: all of the step's at once.
     """
     offline_step("rm", "RewardTrainer", 0.8, model, pairs, steps, batch_size, trl_batch_size)
+
+
+# ----------------------------------------------------------------------------------------------------------------- ppo
+
+
+def part_seconds(settings: ppo.Args) -> dict[str, list[float]]:
+    """Seconds of each part of a step of ppo.py, timed alone, `steps` times: the same models, prompts and row counts."""
+    device, seconds, (reward_name,) = grpo.pick_device(), {}, settings.reward
+    tokenizer, eos_ids = ppo.load_tokenizer(settings.model, settings.max_prompt_length + settings.max_new_tokens)
+    policy = ppo.load_model(settings.model, device, settings.gradient_checkpointing)
+    reference, sampler = ppo.load_model(settings.model, device), ppo.sampling_copy(policy, device)
+    value_model = ppo.load_scorer(reward_name, device, settings.gradient_checkpointing, "--reward", 0.0)
+    reward = ppo.load_reward(reward_name, settings, device)
+    optimizers = [torch.optim.AdamW(x.parameters(), 1e-6, fused=True) for x in (policy, value_model)]
+    rows = ppo.arithmetic_rows("train", settings.prompts_per_step * settings.steps)
+    num_rows, limit = settings.prompts_per_step * settings.group_size, settings.micro_batch_tokens
+
+    def timed(name: str, function: Callable):
+        synchronize()
+        clock = time.perf_counter()
+        result = function()
+        synchronize()
+        seconds.setdefault(name, []).append(time.perf_counter() - clock)
+        return result
+
+    def forward(name: str, function: Callable):
+        return timed(name, lambda: ppo.over_rollout(sequences, limit, device, function))[0]
+
+    def update():
+        for minibatch in ppo.minibatches(num_rows, settings, 1):
+            batch = [sequences[n] for n in minibatch]
+            num_tokens = sum(sum(actions) for _, actions in batch)
+            for indices, ids, actions in ppo.micro_batches(batch, limit, device):
+                old, old_value = (x[[minibatch[i] for i in indices], : ids.shape[1]] for x in (old_logprobs, values))
+                with ppo.autocast(device):
+                    logprobs, _ = ppo.token_logprobs(policy, ids, actions, with_entropy=False)
+                ppo.policy_loss(logprobs, old, old_value, actions, settings.clip_eps, num_tokens).backward()
+                with ppo.autocast(device):
+                    new = ppo.token_values(value_model, ids, actions)
+                ppo.value_loss(new, old_value, old_value + 1, actions, 0.0, num_tokens).backward()
+            for optimizer in optimizers:
+                torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], settings.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    for step in range(settings.steps):
+        asked = rows[step * settings.prompts_per_step : (step + 1) * settings.prompts_per_step]
+        prompts = [ppo.encode_prompt(tokenizer, row, None) for row in asked]
+        draws = ppo.draw_uniforms(settings.seed, "parts", step, num_rows, settings.max_new_tokens)
+        sampling = (sampler, prompts, settings.group_size, 1.0, eos_ids, draws, settings.rollout_batch_size)
+        completions, _ = timed("rollout", functools.partial(ppo.rollout, *sampling))
+        asked, prompts = ([x for x in xs for _ in range(settings.group_size)] for xs in (asked, prompts))
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        questions = [row["prompt"] for row in asked]
+        timed("reward model, forward", functools.partial(reward, questions, texts, asked))
+        sequences = [(p + c, [0] * len(p) + [1] * len(c)) for p, c in zip(prompts, completions)]
+        old_logprobs = forward("policy, forward", functools.partial(ppo.token_logprobs, policy))
+        forward("reference, forward", functools.partial(ppo.token_logprobs, reference, with_entropy=False))
+        values = forward("value model, forward", functools.partial(ppo.token_values, value_model))
+        timed("updates", update)
+    return seconds
+
+
+def ppo_step(model: str = "runs/sft", reward_model: str = "runs/rm", pairs: int = 3, steps: int = 6):
+    """One step of ppo.py against the sum of its parts, each timed alone: rollout, four forward passes, all updates.
+
+    Sizes are the defaults of ppo.py. A pair is one short run of the script and one of the parts; times are medians over
+    the steps, the first left out. A ratio near 1: nothing but these parts takes time.
+
+    Args:
+        model: Folder of the policy.
+        reward_model: Folder of the reward model, from which the value model starts.
+        pairs: Runs of each side.
+        steps: Steps of each run; the first is not counted.
+    """
+    grpo.require(steps >= 2, f"--steps {steps}: must be at least 2, the first is not counted")
+    for flag, folder in (("--model", model), ("--reward-model", reward_model)):
+        grpo.require(Path(folder).is_dir(), f"{flag} {folder}: there is no such folder; sft.py and rm.py make them")
+    print_machine()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = ppo.Args(
+            model=model, reward=(reward_model,), eval_size=8, eval_every=10**9, save_every=10**9, sample_every=10**9,
+            lr=1e-6, value_lr=1e-6, lr_schedule="constant", steps=steps,
+        )  # fmt: skip
+
+        def ours(i: int) -> list[float]:
+            with contextlib.redirect_stdout(io.StringIO()):
+                ppo.main(dataclasses.replace(settings, seed=i, out=f"{folder}/{i}"))
+            return [row["time/step_s"] for row in read_metrics(f"{folder}/{i}")[1:]]
+
+        def theirs(i: int) -> dict[str, list[float]]:
+            return part_seconds(dataclasses.replace(settings, seed=i))
+
+        mine, others = alternate(ours, theirs, pairs)
+    parts = [{name: median(x[1:]) for name, x in side.items()} for side in others]
+    print(f"{settings.prompts_per_step} prompts x {settings.group_size} samples, {settings.num_epochs} epochs of")
+    print(f"{settings.num_minibatches} minibatches, {pairs} runs of {steps} steps, {grpo.pick_device()}")
+    print("\n| part | s, median |\n|---|---|")
+    for name in parts[0]:
+        print(f"| {name} | {median(side[name] for side in parts):.3f} |")
+    sums = [sum(side.values()) for side in parts]
+    ratio = print_pairs("sum of the parts", "s/step", [median(x[1:]) for x in mine], sums, digits=3)
+    print_aim("at most 1.1 of the sum of its parts", ratio <= 1.1)
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, from NVIDIA's data sheets (SXM)
+
+
+def matmul_flops(device: torch.device) -> float:
+    """FLOP/s of one large matrix product as training does them (bfloat16 on CUDA, float32 on the CPU): best of ten."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16 if device.type == "cuda" else None) for _ in "ab")
+    seconds = []
+    for _ in range(10):
+        synchronize()
+        clock = time.perf_counter()
+        a @ b
+        synchronize()
+        seconds.append(time.perf_counter() - clock)
+    return 2 * n**3 / min(seconds)
+
+
+def training_flops(config, num_weights: int, num_rows: int, length: int) -> int:
+    """FLOPs of a forward and backward pass over `num_rows` rows of `length` tokens, a product of m*k*n being 2mkn.
+
+    Each weight of a matrix: 2 forward and 4 backward a token (num_weights: with the head, without an embedding that is
+    not the head). Causal attention: a token sees (length + 1) / 2 others on average, in two products, and three times
+    that with the backward pass. Recomputation by gradient checkpointing does not count.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim * (length + 1) // 2
+    return num_rows * length * (6 * num_weights + attention)
+
+
+def train(
+    model: str = "tiny", steps: int = 10, num_rows: int = 32, length: int = 128, micro_batch_tokens: int = 4096,
+    gradient_checkpointing: bool = False,
+):  # fmt: skip
+    """Model FLOPs utilisation of a training step: SFT on rows of random tokens, through the functions of the scripts.
+
+    Forward, loss, backward, clipping and AdamW; the median step, the first left out. The utilisation is given of what
+    a large matrix product reaches on the same device, and of the data sheet's peak where that is known.
+
+    Args:
+        model: A shape.
+        steps: Steps; the first is not counted.
+        num_rows: Rows per step.
+        length: Tokens per row.
+        micro_batch_tokens: Most tokens in one forward and backward pass.
+        gradient_checkpointing: As in the scripts.
+    """
+    grpo.require(model in SHAPES, f"--model {model}: must be one of {list(SHAPES)}")
+    grpo.require(steps >= 2, f"--steps {steps}: must be at least 2, the first is not counted")
+    print_machine()
+    device = grpo.pick_device()
+    policy = grpo.to_device(random_model(model), device, gradient_checkpointing)
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-4, (0.9, 0.99), weight_decay=0.0, fused=True)
+    seconds, generator = [], torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        ids = torch.randint(policy.config.vocab_size, (num_rows, length), generator=generator).tolist()
+        rows = [(x, [0] + [1] * (length - 1)) for x in ids]
+        synchronize()
+        clock = time.perf_counter()
+        for _, ids, mask in grpo.micro_batches(rows, micro_batch_tokens, device):
+            with grpo.autocast(device):
+                logprobs, _ = grpo.token_logprobs(policy, ids, mask, with_entropy=False)
+            grpo.sft_loss(logprobs, mask, num_rows * (length - 1)).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize()
+        seconds.append(time.perf_counter() - clock)
+    num_weights = sum(x.numel() for x in policy.parameters() if x.dim() > 1)
+    speed = training_flops(policy.config, num_weights, num_rows, length) / median(seconds[1:])
+    print(f"{model}: {num_rows} rows of {length} tokens in micro-batches of {micro_batch_tokens} tokens, {device}")
+    print(f"median step {median(seconds[1:]):.3f} s, {num_rows * length / median(seconds[1:]):,.0f} tokens/s")
+    peaks = {"a large matrix product here": matmul_flops(device)}
+    peaks |= {f"the data sheet's {x}": peak for x, peak in PEAK_FLOPS.items() if x in describe_machine()["gpu"]}
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    for name, peak in peaks.items():
+        print(f"{speed / 1e12:.3f} of {peak / 1e12:.3f} TFLOP/s, {name}: utilisation {speed / peak:.3f}")
+
+
+# --------------------------------------------------------------------------------------------------------------- scale
+
+
+def measure_step(vocabulary: int, num_prompts: int, num_samples: int, max_new_tokens: int) -> list[float]:
+    """Seconds of rollout and of training, and peak MiB of both above weights and gradients. In a process of its own."""
+    device = grpo.pick_device()
+    policy = grpo.to_device(random_model("tiny", vocab_size=vocabulary), device, False)
+    sampler = grpo.sampling_copy(policy, device)
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    generator, num_rows = torch.Generator().manual_seed(0), num_prompts * num_samples
+    prompts = torch.randint(vocabulary, (num_prompts, 16), generator=generator).tolist()
+
+    def step(length: int) -> tuple[float, float]:
+        clock = time.perf_counter()
+        draws = grpo.draw_uniforms(0, "scale", length, num_rows, length)
+        completions, _ = grpo.rollout(sampler, prompts, num_samples, 1.0, [], draws, grpo.Args.rollout_batch_size)
+        synchronize()
+        middle = time.perf_counter()
+        rows = [(prompts[n // num_samples] + x, [0] * 16 + [1] * len(x)) for n, x in enumerate(completions)]
+        for _, ids, mask in grpo.micro_batches(rows, grpo.Args.micro_batch_tokens, device):
+            with grpo.autocast(device):
+                logprobs, _ = grpo.token_logprobs(policy, ids, mask)
+            ones = torch.ones(len(ids), device=device)
+            grpo.grpo_loss(logprobs, logprobs.detach(), None, ones, mask, 0.2, 0.0, num_rows).backward()
+        synchronize()
+        return middle - clock, time.perf_counter() - middle
+
+    step(2)  # what the libraries allocate once, they have now
+    baseline, peak = peak_memory()
+    times = step(max_new_tokens)
+    return [*times, (peak() - baseline) / 2**20]
+
+
+def scale(
+    num_prompts: int = 16, num_samples: int = 8, max_new_tokens: int = 64, vocabulary: int = 18_992, repeats: int = 3
+):
+    """How time and memory of a GRPO step grow: completion length x1 to x8, group size and vocabulary alike.
+
+    A model of the tiny shape with random weights, which never stops early. Every measurement in a fresh process, so
+    that peaks do not mix: resident memory on the CPU, allocated memory on CUDA, above weights and gradients.
+
+    Args:
+        num_prompts: Prompts per step, of 16 tokens.
+        num_samples: Completions of each prompt, where the group size does not vary.
+        max_new_tokens: Tokens of a completion, where the length does not vary.
+        vocabulary: Words, where the vocabulary does not vary; eight times 18,992 is Qwen2.5's.
+        repeats: Measurements of each line, of which the median is printed.
+    """
+    print_machine()
+    base = {"vocabulary": vocabulary, "num_samples": num_samples, "max_new_tokens": max_new_tokens}
+    print(f"{num_prompts} prompts; where it does not vary: {base}\n")
+    print("| what grows | value | rollout, s | training, s | peak MiB | tokens/s |\n|---|---|---|---|---|---|")
+    for name in ("max_new_tokens", "num_samples", "vocabulary"):
+        for factor in (1, 2, 4, 8):
+            sizes = {**base, name: base[name] * factor, "num_prompts": num_prompts}
+            results = []
+            for _ in range(repeats):
+                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                    results.append(pool.submit(measure_step, **sizes).result())
+            sampling, training, peak = (median(x) for x in zip(*results))
+            num_tokens = num_prompts * sizes["num_samples"] * sizes["max_new_tokens"]
+            speed = num_tokens / (sampling + training)
+            cells = f"{sizes[name]:,} | {sampling:.2f} | {training:.2f} | {peak:,.0f} | {speed:,.0f}"
+            print(f"| {name} | {cells} |", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- acceptance
@@ -898,6 +1235,6 @@ def draw(axes, rows: list[dict], name: str, label: str, **style) -> list:
 
 if __name__ == "__main__":
     commands = {"rollout": rollout, "memory": memory, "grpo": grpo_step, "sft": sft_step, "dpo": dpo_step}
-    commands |= {"rm": rm_step, "acceptance": acceptance}
+    commands |= {"rm": rm_step, "ppo": ppo_step, "train": train, "scale": scale, "acceptance": acceptance}
     commands |= {"figure": figure, "curve": curve, "resident": resident}
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
