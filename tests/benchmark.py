@@ -42,6 +42,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, median
+from typing import Literal
 
 import torch
 import transformers
@@ -175,8 +176,9 @@ def memory_bandwidth(device: torch.device) -> float:
 
 
 def rollout(
-    model: str = "runs/sft", pairs: int = 5, num_prompts: int = 64, num_samples: int = 16, max_new_tokens: int = 64
-):
+    model: str = "runs/sft", pairs: int = 5, num_prompts: int = 64, num_samples: int = 16, max_new_tokens: int = 64,
+    against: Literal["generate", "generate_batch"] = "generate",
+):  # fmt: skip
     """The rollout against `model.generate`: same model, held-out prompts, sampling and limits, in tokens per second.
 
     Both sides count the tokens of their completions up to and including EOS, and on CUDA run the same bfloat16 copy.
@@ -189,6 +191,7 @@ def rollout(
         num_prompts: Prompts, all in one batch.
         num_samples: Completions sampled for each prompt.
         max_new_tokens: Longest completion, in tokens.
+        against: The other side: `model.generate`, or the continuous batching of `model.generate_batch`.
     """
     print_machine()
     with tempfile.TemporaryDirectory() as folder:
@@ -200,8 +203,8 @@ def rollout(
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(x)) + x for x in prompts], device=device)
     seen = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=device)
     stops = torch.tensor(eos_ids, device=device)
-    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": num_samples}
-    options |= {"max_new_tokens": max_new_tokens, "eos_token_id": eos_ids, "pad_token_id": tokenizer.pad_token_id}
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": max_new_tokens}
+    options |= {"eos_token_id": eos_ids, "pad_token_id": tokenizer.pad_token_id}
 
     def ours(draw: int) -> tuple[int, float]:
         synchronize()
@@ -215,7 +218,13 @@ def rollout(
         torch.manual_seed(draw)
         synchronize()
         clock = time.perf_counter()
-        completions = policy.generate(input_ids=ids, attention_mask=seen, **options)[:, width:]
+        if against == "generate_batch":
+            config = transformers.GenerationConfig(**options)
+            asked = [prompt for prompt in prompts for _ in range(num_samples)]
+            outputs = policy.generate_batch(asked, generation_config=config, persistent_manager=True)
+            return sum(len(x.generated_tokens) for x in outputs.values()), time.perf_counter() - clock
+        sampling = {**options, "num_return_sequences": num_samples}
+        completions = policy.generate(input_ids=ids, attention_mask=seen, **sampling)[:, width:]
         synchronize()
         seconds = time.perf_counter() - clock
         before = torch.isin(completions, stops).int().cumsum(1) == 0  # the tokens before the first EOS
@@ -223,11 +232,11 @@ def rollout(
 
     mine, others = alternate(ours, theirs, pairs)
     print(f"{num_prompts} prompts x {num_samples} samples, at most {max_new_tokens} new tokens, {policy.device}")
-    for name, side in (("this repository", mine), ("model.generate", others)):
+    for name, side in (("this repository", mine), (f"model.{against}", others)):
         length, seconds = mean(tokens for tokens, _ in side) / num_rows, median(seconds for _, seconds in side)
         print(f"{name}: mean completion {length:.2f} tokens, median {seconds:.3f} s")
     speeds = [[a / b for a, b in side] for side in (mine, others)]
-    ratio = print_pairs("model.generate", "tokens/s", *speeds, digits=0)
+    ratio = print_pairs(f"model.{against}", "tokens/s", *speeds, digits=0)
     print_aim("at least 1.6 times as fast", ratio >= 1.6)
     length, config = mean(tokens for tokens, _ in mine) / num_rows, policy.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
