@@ -787,6 +787,16 @@ def test_a_classifier_that_is_no_reward_model(name, model, words, data, tiny_fol
 
 
 @SAMPLED
+def test_a_reward_model_that_cannot_hold_prompt_and_completion(name, data, tiny_folder, tmp_path):
+    """Its window is compared with --max-prompt-length plus --max-new-tokens, 64 + 8, before anything is sampled."""
+    folder = reward_model(tmp_path / "reward")
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 71}
+    (folder / "config.json").write_text(json.dumps(config))
+    wanted = settings(name, data, tiny_folder, tmp_path / "out", reward=(str(folder),))
+    refused(name, wanted, "--reward", "71", "72", "--max-")
+
+
+@SAMPLED
 def test_a_reward_model_without_its_head(name, data, tiny_folder, tmp_path):
     """A language model's folder, which has no score weights, is refused: its head would be random."""
     config = transformers.AutoConfig.from_pretrained(tiny_folder, num_labels=1)

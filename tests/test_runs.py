@@ -1212,6 +1212,16 @@ def test_dpo_scores_completions_without_training(data, tiny_folder, other_folder
     assert [json.loads(line)["completion_reward"] for line in file.read_text().splitlines()] == [0.0] * 12
 
 
+def test_scored_rows_are_numbered_as_in_the_data(data, tiny_folder, other_folder, tmp_path):
+    """Equal sides and what is too long are dropped; `row` says which rows are left, counted from 0."""
+    rows = [{"prompt": "1+1=", "chosen": "2", "rejected": side} for side in ("3", "2", "4", "5" * 300, "6")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"score_only": True, "reference": other_folder, "dataset": f"{tmp_path}/rows.jsonl", "max_length": 100}
+    run("dpo", data, tiny_folder, tmp_path / "out", **changes)
+    scored = [json.loads(line) for line in (tmp_path / "out/implicit_rewards.jsonl").read_text().splitlines()]
+    assert [(result["row"], result["rejected"]) for result in scored] == [(0, "3"), (2, "4"), (4, "6")]
+
+
 @ALL
 def test_the_system_prompt_stands_in_front_of_every_prompt(name, data, tiny_folder, tmp_path, capsys):
     """It is part of what the model reads, never of what is trained."""
