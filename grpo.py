@@ -27,6 +27,7 @@ As in the paper; where it is silent: ddof 1 and 1e-4 in the advantage, one updat
 
 Run:  python sft.py && python grpo.py                                       a laptop CPU, five minutes in all
       python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k:main ...      one GPU, see README
+      torchrun --nproc-per-node 8 grpo.py ...                                          several GPUs, see README
 
 Metrics (metrics.jsonl), and what healthy looks like:
   loss                    near 0 by construction (ratio 1, advantages sum to 0): watch reward and grad_norm instead

@@ -24,6 +24,7 @@ Data: rows of prompt + completion, of messages (every assistant turn is trained,
 
 Run:  python sft.py                                                                     a laptop CPU, one minute
       python sft.py --model Qwen/Qwen2.5-0.5B --dataset openai/gsm8k:main                    one GPU, see README
+      torchrun --nproc-per-node 8 sft.py ...                                           several GPUs, see README
 
 Metrics (metrics.jsonl), and what healthy looks like:
   loss                    nats per trained token; falls, then flattens
