@@ -31,7 +31,7 @@ Data: rows of prompt + chosen + rejected, text or messages; or of chosen + rejec
     shared beginning is the prompt (messages, or text with turns marked as in HH-RLHF).
 
 Run:  python sft.py && python dpo.py                                             a laptop CPU, under three minutes
-      python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct ...    one GPU; torchrun --nproc-per-node 8 dpo.py ...: several; README
+      python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct ... one GPU, or torchrun --nproc-per-node 8 dpo.py ...; README
       python dpo.py --score-only --model runs/dpo --reference runs/sft    policy and reference as a reward model
 
 Metrics (metrics.jsonl), and what healthy looks like:

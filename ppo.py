@@ -30,7 +30,7 @@ Four models: policy, reference (the policy as it was loaded), reward model or ve
     optimizer of its own; it starts from the reward model, or from the policy with a head of zeros). Unlike Ouyang et
     al.: several epochs, no moving average of the weights, a learning rate that decays.
 
-Run:  python sft.py && python rm.py && python ppo.py    a laptop CPU, eight minutes (--reward exact: no rm.py); GPUs: README
+Run:  python sft.py && python rm.py && python ppo.py  a laptop CPU, eight minutes; --reward exact: no rm.py; GPU: README
 Metrics (metrics.jsonl), and what healthy looks like:
   reward, reward_std, reward/NAME    the score after `missing_eos_penalty`, and by name; std -> 0 is collapse
   accuracy                where rows have an `answer`: if reward rises and this does not, the reward is being gamed

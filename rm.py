@@ -28,7 +28,7 @@ Data: rows of prompt + chosen + rejected, text or messages; or of chosen + rejec
     shared beginning is the prompt (messages, or text with turns marked as in HH-RLHF). `margin`, an optional column.
 
 Run:  python sft.py && python rm.py                                                  a laptop CPU, under four minutes
-      python rm.py --model Qwen/Qwen2.5-0.5B-Instruct ...      one GPU; torchrun --nproc-per-node 8 rm.py ...: several; README
+      python rm.py --model Qwen/Qwen2.5-0.5B-Instruct ...  one GPU, or torchrun --nproc-per-node 8 rm.py ...; README
 
 The model at `out` is an AutoModelForSequenceClassification with one label, whose pad token is no stop token, because
 transformers reads the score at the last token that is not padding.
