@@ -1243,11 +1243,6 @@ class Run:
         return {name.replace("eval/", "before/"): value for name, value in before.items()} | rows[-1]
 
 
-def jsonable(args: "Args") -> dict:
-    """The settings as JSON gives them back."""
-    return json.loads(json.dumps(vars(args)))
-
-
 def write_beside(path: Path, text: str):
     """Writes a file so that a kill leaves the old one or the new one, never a part."""
     beside = path.with_name(path.name + ".tmp")
