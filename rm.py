@@ -65,7 +65,7 @@ import urllib.request
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -574,6 +574,15 @@ def require(ok: bool, message: str):
         raise SystemExit(message)
 
 
+@contextmanager
+def end_on_error(message: str):
+    """Ends the run with `message` and the error, whatever the code inside raises: libraries raise anything."""
+    try:
+        yield
+    except Exception as error:
+        raise SystemExit(f"{message}: {type(error).__name__}: {error}") from error
+
+
 def check_numbers(args: "Args"):
     """Ends the run unless counts are at least 1, other numbers at least 0, and those that divide or scale above 0."""
     for field in dataclasses.fields(args):
@@ -693,10 +702,8 @@ def from_hub(loader, name: str, flag: str, new: tuple[str, ...] = (), **options)
     local, hint = Path(name).is_dir(), hints.get(name, "")
     is_path = name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1
     require(local or not is_path, f"{flag} {name}: there is no such folder{hint}")
-    try:
+    with end_on_error(f"{flag} {name} cannot be loaded"):
         loaded = loader.from_pretrained(name, local_files_only=local or hub_is_out_of_reach(), **options)
-    except Exception as error:  # whatever a missing or broken file makes the libraries raise
-        raise SystemExit(f"{flag} {name} cannot be loaded: {error}") from error
     if "output_loading_info" in options:
         missing = sorted(set(loaded[1]["missing_keys"]) - set(new))
         require(not missing, f"{flag} {name} lacks weights, so they would be random: {missing[:5]}")
@@ -795,7 +802,7 @@ def read_dataset(name: str, split: str, flag: str, wanted: list[str]) -> list[di
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     file_format = formats.get(Path(name.removesuffix(".gz")).suffix)
     require(not file_format or Path(name).is_file(), f"{flag} {name}: there is no such file")
-    try:
+    with end_on_error(f"{flag} {name} cannot be read"):
         if not file_format:
             hub_name, config, chosen = (*name.split(":", 2), "", "")[:3]
             datasets.config.HF_HUB_OFFLINE |= hub_is_out_of_reach()
@@ -803,8 +810,6 @@ def read_dataset(name: str, split: str, flag: str, wanted: list[str]) -> list[di
         else:
             empty = Path(name).stat().st_size == 0
             rows = [] if empty else list(datasets.load_dataset(file_format, data_files=name, split="train"))
-    except Exception as error:  # whatever a missing or broken dataset makes the library raise
-        raise SystemExit(f"{flag} {name} cannot be read: {error}") from error
     require(len(rows) > 0, f"{flag} {name} holds no rows")
     found = [columns.split("+") for columns in wanted if set(columns.split("+")) <= set(rows[0])]
     require(found, f"{flag} {name} has the columns {', '.join(rows[0])}; this script needs {' or '.join(wanted)}")
@@ -820,12 +825,8 @@ def load_data(args: "Args", wanted: list[str]) -> tuple[list[dict], list[dict]]:
         held_out = read_dataset(args.eval_dataset or args.dataset, "test", "--eval-dataset", wanted)
     elif not Path(args.dataset).is_file():
         hub_name, config, chosen = (*args.dataset.split(":", 2), "", "")[:3]
-        try:
+        with end_on_error(f"--dataset {args.dataset}: its splits are unknown, so give --eval-dataset"):
             names = datasets.get_dataset_split_names(hub_name, config or None)
-        except Exception as error:  # whatever the library raises
-            raise SystemExit(
-                f"--dataset {args.dataset}: its splits are unknown: {error}; give --eval-dataset"
-            ) from error
         for split in [name for name in ("test", "validation") if name in names and not chosen.startswith(name)][:1]:
             held_out = read_dataset(f"{hub_name}:{config}:{split}", split, "--eval-dataset", wanted)
     if not held_out:
@@ -913,11 +914,9 @@ class Run:
             require(not inside, f"--out {self.out} holds {folder}, which this run reads: choose another --out")
         require(not (args.resume and args.overwrite), "--resume goes on from a run, --overwrite removes it: give one")
         require(not self.out.is_file(), f"--out {self.out} is a file: name a folder")
-        try:
-            saved = self.out / "args.json"
+        saved = self.out / "args.json"
+        with end_on_error(f"--out {self.out}: its args.json is broken, so choose another --out"):
             self.record = json.loads(saved.read_text()) if saved.exists() else {}
-        except ValueError as error:
-            raise SystemExit(f"--out {self.out}: its args.json is broken ({error}): choose another --out") from error
         ours = {"args", "resolved"} <= set(self.record)
         held = sorted(path.name for pattern in ("args.json " + self.files).split() for path in self.out.glob(pattern))
         require(ours or not held, f"--out {self.out} holds {held}, which no run of ours wrote: choose another --out")
@@ -946,29 +945,19 @@ class Run:
         """Makes the folder or, resuming, restores the optimizers and cuts the logs back to the checkpoint's step."""
         self.optimizers = optimizers
         if self.checkpoint:
-            try:
-                options = {
-                    "weights_only": True,
-                    "map_location": "cpu",
-                    "mmap": WORLD_SIZE > 1,
-                }  # a rank needs its share
-                self.state = torch.load(Path(self.checkpoint) / "state.pt", **options)
+            file, mmap = Path(self.checkpoint) / "state.pt", WORLD_SIZE > 1  # of several, a rank needs but its share
+            with end_on_error(f"--resume: {self.checkpoint} is broken; remove it to use the one before"):
+                self.state = torch.load(file, "cpu", weights_only=True, mmap=mmap)
                 for name, optimizer in optimizers.items():
                     saved, (group,) = self.state.pop(name), optimizer.param_groups
                     moments = {i: sharded_like(group["params"][i], x) for i, x in saved["state"].items()}
                     optimizer.load_state_dict(saved | {"state": moments})
                 self.skipped, self.skipped_in_a_row = self.state["skipped"], self.state["skipped_in_a_row"]
-            except Exception as error:  # whatever a broken file makes torch raise
-                raise SystemExit(
-                    f"--resume: {self.checkpoint} is broken: {error}; remove it to use the one before"
-                ) from error
         logs = {"metrics.jsonl": [], "samples.jsonl": []}
         for name in logs if self.checkpoint else ():
-            try:  # a kill may have torn what follows the last newline
-                rows = [json.loads(line) for line in (self.out / name).read_text().split("\n")[:-1]]
-                logs[name] = [row for row in rows if row["step"] <= self.step]
-            except (OSError, ValueError) as error:
-                raise SystemExit(f"--resume: {self.out / name} is broken: {error}") from error
+            with end_on_error(f"--resume: {self.out / name} is broken"):
+                lines = (self.out / name).read_text().split("\n")[:-1]  # a kill may have torn what follows the last one
+                logs[name] = [row for row in map(json.loads, lines) if row["step"] <= self.step]
         self.rows = logs["metrics.jsonl"]
         if WORLD_SIZE > 1:
             dist.barrier()  # all have read what the first rank now goes on to change
@@ -982,10 +971,8 @@ class Run:
     def open_folder(self, logs: dict[str, list[dict]], resolved: dict):
         """Makes the folder or clears it, and writes args.json and the logs up to the step that the run begins after."""
         if self.args.track:
-            try:
+            with end_on_error("--track needs wandb, pip install wandb"):
                 import wandb
-            except ImportError as error:
-                raise SystemExit("--track needs wandb: pip install wandb") from error
             self.wandb = wandb
         self.out.mkdir(parents=True, exist_ok=True)
         checkpoints, removed = self.out / "checkpoints", self.out / "checkpoints.tmp"
