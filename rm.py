@@ -382,13 +382,11 @@ def load_scorer(
     variance (Stiennon et al. 2020 with 1). Ends the run if there are more labels, or another kind of head.
     """
     config = load_config(name, flag)
-    is_scorer = any(x.endswith("ForSequenceClassification") for x in config.architectures or ())
+    is_scorer = "ForSequenceClassification" in str(config.architectures)
     labels = config.num_labels if is_scorer else 1
     require(labels == 1, f"{flag} {name} has {labels} labels; a reward model has one")
-    config.num_labels = 1
-    options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
-    new = () if is_scorer else ("score.weight",)
-    model = from_hub(transformers.AutoModelForSequenceClassification, name, flag, new, **options)
+    config.num_labels, new = 1, () if is_scorer else ("score.weight",)
+    model = load_weights(transformers.AutoModelForSequenceClassification, name, flag, config, new)
     head = getattr(model, "score", None)
     plain = isinstance(head, torch.nn.Linear) and head.bias is None
     require(plain, f"{flag} {name}: its classifier has no linear head `score` without bias: use a decoder")
@@ -693,39 +691,20 @@ def hub_is_out_of_reach() -> bool:
     return False
 
 
-def from_hub(loader, name: str, flag: str, new: tuple[str, ...] = (), **options):
-    """loader.from_pretrained of a local folder or Hub id. Ends the run, naming the flag, if that fails.
-
-    With `output_loading_info` among the options it also ends if weights are missing, but for those in `new`.
-    """
-    hints = {"runs/sft": "; `python sft.py` makes it", "runs/rm": "; `python rm.py` makes it"}
-    local, hint = Path(name).is_dir(), hints.get(name, "")
-    is_path = name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1
+def from_hub(loader, name: str, flag: str, **options):
+    """loader.from_pretrained of a local folder or Hub id. Ends the run, naming the flag, if that fails."""
+    local, is_path = Path(name).is_dir(), name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1
+    hint = f"; `python {name[5:]}.py` makes it" if name in ("runs/sft", "runs/rm") else ""
     require(local or not is_path, f"{flag} {name}: there is no such folder{hint}")
     with end_on_error(f"{flag} {name} cannot be loaded"):
-        loaded = loader.from_pretrained(name, local_files_only=local or hub_is_out_of_reach(), **options)
-    if "output_loading_info" in options:
-        missing = sorted(set(loaded[1]["missing_keys"]) - set(new))
-        require(not missing, f"{flag} {name} lacks weights, so they would be random: {missing[:5]}")
-        return loaded[0]
-    return loaded
-
-
-def require_window(config, what: str, num_tokens: int):
-    """Ends the run if `num_tokens` do not fit the model's window."""
-    window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
-    require(num_tokens <= window, f"{what} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
+        return loader.from_pretrained(name, local_files_only=local or hub_is_out_of_reach(), **options)
 
 
 def load_tokenizer(name: str, num_tokens: int):
-    """The tokenizer and the ids that end a completion: its EOS, the generation config's, the template's end of turn.
-
-    Ends the run if there is no EOS or if `num_tokens` do not fit the model's window.
-    """
+    """The tokenizer and the ids that end a completion: its EOS, the generation config's, the template's end of turn."""
     tokenizer = from_hub(transformers.AutoTokenizer, name, "--model")
-    config = from_hub(transformers.AutoConfig, name, "--model")
     require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no eos_token, so nothing could end")
-    require_window(config, f"--model {name}", num_tokens)
+    config = load_config(name, "--model", num_tokens)
     try:
         offline = Path(name).is_dir() or hub_is_out_of_reach()
         stops = transformers.GenerationConfig.from_pretrained(name, local_files_only=offline).eos_token_id
@@ -739,13 +718,23 @@ def load_tokenizer(name: str, num_tokens: int):
     return tokenizer, sorted(eos_ids)
 
 
-def load_config(name: str, flag: str):
-    """The configuration of a model, without dropout: with it, sampling and training would see different models."""
+def load_config(name: str, flag: str, num_tokens: int = 0):
+    """The configuration of a model that holds `num_tokens`, without dropout: sampling and training see one model."""
     config = from_hub(transformers.AutoConfig, name, flag)
+    window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
+    require(num_tokens <= window, f"{flag} {name} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
     for part in (config, config.get_text_config()):
         for key in [key for key in part.to_dict() if key.endswith(("dropout", "pdrop"))]:
             setattr(part, key, 0.0)
     return config
+
+
+def load_weights(loader, name: str, flag: str, config, new: tuple[str, ...] = ()):
+    """A model in float32, whatever its folder holds. Ends the run if weights are missing there, but for those `new`."""
+    model, info = from_hub(loader, name, flag, config=config, dtype=torch.float32, output_loading_info=True)
+    missing = sorted(set(info["missing_keys"]) - set(new))
+    require(not missing, f"{flag} {name} lacks weights, so they would be random: {missing[:5]}")
+    return model
 
 
 def to_device(model, device: torch.device, gradient_checkpointing: bool):
