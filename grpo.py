@@ -63,7 +63,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -449,31 +448,28 @@ def prompt_of(row: dict) -> str | list[dict]:
 
 
 def render(tokenizer, messages: list[dict], generation_prompt: bool = False) -> str:
-    """The text of a conversation under the tokenizer's chat template."""
+    """The text of a conversation: by the chat template where there is one, else all turns with a blank line between."""
+    if not tokenizer.chat_template:
+        return "\n\n".join(message["content"] for message in messages)
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
 
 
 def encode_prompt(tokenizer, row: dict, system_prompt: str | None) -> list[int]:
-    """The one function that turns a prompt into ids: by the chat template where there is one, else as plain text.
-
-    Plain text gets one BOS if the tokenizer uses BOS; a template brings its own.
-    """
-    messages, bos = as_messages(prompt_of(row), system_prompt), tokenizer.bos_token_id
-    if tokenizer.chat_template:
-        return tokenizer.encode(render(tokenizer, messages, generation_prompt=True), add_special_tokens=False)
-    ids = tokenizer.encode("\n\n".join(message["content"] for message in messages), add_special_tokens=False)
-    uses_bos = bos is not None and tokenizer.encode("a")[:1] == [bos]
-    return [bos, *ids] if uses_bos and ids[:1] != [bos] else ids
+    """The one function that turns a prompt into ids. Plain text gets one BOS if the tokenizer uses BOS."""
+    text = render(tokenizer, as_messages(prompt_of(row), system_prompt), generation_prompt=True)
+    ids, bos = tokenizer.encode(text, add_special_tokens=False), tokenizer.bos_token_id
+    if tokenizer.chat_template or bos is None or ids[:1] == [bos] or tokenizer.encode("a")[:1] != [bos]:
+        return ids  # a template brings its own BOS
+    return [bos, *ids]
 
 
 def encode_scored(tokenizer, prompt: str | list[dict], completion: str, system_prompt: str | None) -> list[int]:
     """What a reward model reads: the conversation by the chat template, else prompt, completion and EOS as text."""
-    messages = as_messages(prompt, system_prompt)
+    messages, eos = as_messages(prompt, system_prompt), tokenizer.eos_token_id
     if tokenizer.chat_template:
         messages = [*messages, {"role": "assistant", "content": completion}]
         return tokenizer.encode(render(tokenizer, messages), add_special_tokens=False)
-    text = "\n\n".join(message["content"] for message in messages) + completion
-    ids, eos = tokenizer.encode(text), tokenizer.eos_token_id  # with its own special tokens
+    ids = tokenizer.encode(render(tokenizer, messages) + completion)  # with its own special tokens
     return ids if eos is None or ids[-1] == eos else [*ids, eos]
 
 
@@ -593,18 +589,12 @@ def head_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float, wit
 
 @torch.no_grad()
 def generate(
-    model,
-    prompts: list[list[int]],
-    num_samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    eos_ids: list[int],
-    uniforms: Tensor,
+    model, prompts: list, num_samples: int, max_new_tokens: int, temperature: float, eos_ids: list, uniforms: Tensor
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Samples `num_samples` completions of each prompt: ids and their log-probabilities, prompt-major, B*G of each.
 
-    uniforms: (B*G, max_new_tokens) in [0, 1). Row i draws token t from uniforms[i, t] by inverse CDF of
-    softmax(logits / temperature), so what it samples depends neither on its neighbours nor on chunking.
+    prompts: B lists of ids. uniforms: (B*G, max_new_tokens) in [0, 1): row i draws token t from uniforms[i, t] by
+    inverse CDF of softmax(logits / temperature), so what it samples depends neither on its neighbours nor on chunking.
     Temperature 0 is greedy, with log-probabilities at temperature 1. A completion ends with the first of `eos_ids`,
     which it keeps, or at `max_new_tokens`. Nothing of the model's generation config applies.
 
@@ -817,7 +807,7 @@ def main(args: Args) -> dict[str, float]:
             "time/rollout_s": rollout_seconds, "time/step_s": seconds,
             "time/tokens_per_s": (G * sum(map(len, prompts)) + sum(map(len, completions))) / seconds,
         }  # fmt: skip
-        if step == run.first + 1 and metrics["frac_zero_std"] > 0.8:
+        if step == run.step + 1 and metrics["frac_zero_std"] > 0.8:
             print("warning: over 80 % of the groups have equal rewards: the prompts are too easy or too hard")
         last = step == steps or bool(args.kl_stop and metrics["kl_ref_seq"] > args.kl_stop)
         if last or step % args.eval_every == 0:
@@ -834,7 +824,6 @@ def main(args: Args) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------------------------------ plumbing
 # The same in every script: read it once.
-
 
 # torchrun starts a process, a rank, for each GPU; without it there is one
 RANK = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
@@ -925,9 +914,7 @@ def shuffled_indices(num_rows: int, seed: int, purpose: str, step: int, count: i
 def micro_batch_rows(widths: list[int], max_tokens: int) -> list[list[int]]:
     """The row numbers of this rank's micro-batches, widest rows first: width * rows is at most `max_tokens`.
 
-    Only a wider row comes alone. Every rank has as many micro-batches, because sharded weights are gathered and
-    gradients are summed by all ranks at once: some are split or, if there are too few rows for that, hold one row too
-    many. widths: tokens of each row.
+    All ranks have as many, because they gather weights together: some are split or, of too few rows, one too large.
     """
     order, batches = sorted(range(len(widths)), key=lambda i: -widths[i]), []
     if 0 < len(order) < WORLD_SIZE:
@@ -952,8 +939,7 @@ def micro_batch_rows(widths: list[int], max_tokens: int) -> list[list[int]]:
 def micro_batches(rows: list[tuple], max_tokens: int, device: torch.device, pad_id: int = 0) -> Iterator[tuple]:
     """Rows of (ids, mask, ...), lists of one length, as right-padded tensors: indices (n), ids (n, L), mask (n, L), ...
 
-    This rank's share, in the micro-batches of `micro_batch_rows`. What pads ids is of no consequence under a causal
-    model.
+    This rank's share, as `micro_batch_rows` says. What pads ids is of no consequence under a causal model.
     """
     for batch in micro_batch_rows([len(row[0]) for row in rows], max_tokens):
         width = len(rows[batch[0]][0])
@@ -1139,19 +1125,19 @@ def read_dataset(name: str, split: str, flag: str, wanted: list[str]) -> list[di
 
 def load_data(args: "Args", wanted: list[str]) -> tuple[list[dict], list[dict]]:
     """Training and evaluation rows: `eval_dataset`, else the Hub's test or validation split, else the last rows."""
-    rows, held_out = read_dataset(args.dataset, "train", "--dataset", wanted), []
-    if args.eval_dataset or args.dataset == "arithmetic":
-        held_out = read_dataset(args.eval_dataset or args.dataset, "test", "--eval-dataset", wanted)
-    elif not Path(args.dataset).is_file():
+    rows, eval_dataset = read_dataset(args.dataset, "train", "--dataset", wanted), args.eval_dataset
+    if not eval_dataset and args.dataset == "arithmetic":
+        eval_dataset = args.dataset
+    elif not eval_dataset and not Path(args.dataset).is_file():
         hub_name, config, chosen = (*args.dataset.split(":", 2), "", "")[:3]
         with end_on_error(f"--dataset {args.dataset}: its splits are unknown, so give --eval-dataset"):
             names = datasets.get_dataset_split_names(hub_name, config or None)
-        for split in [name for name in ("test", "validation") if name in names and not chosen.startswith(name)][:1]:
-            held_out = read_dataset(f"{hub_name}:{config}:{split}", split, "--eval-dataset", wanted)
-    if not held_out:
-        require(args.eval_size < len(rows), f"--eval-size {args.eval_size} leaves no row of {len(rows)} to train on")
-        rows, held_out = rows[: -args.eval_size], rows[-args.eval_size :]
-    return rows, held_out[: args.eval_size]
+        splits = [name for name in ("test", "validation") if name in names and not chosen.startswith(name)]
+        eval_dataset = f"{hub_name}:{config}:{splits[0]}" if splits else None
+    if eval_dataset:
+        return rows, read_dataset(eval_dataset, "test", "--eval-dataset", wanted)[: args.eval_size]
+    require(args.eval_size < len(rows), f"--eval-size {args.eval_size} leaves no row of {len(rows)} to train on")
+    return rows[: -args.eval_size], rows[-args.eval_size :]
 
 
 def encode_rows(encode: Callable, rows: list[dict], max_length: int, flag: str) -> tuple[list[dict], list]:
@@ -1210,48 +1196,49 @@ class Run:
     """
 
     free = ("resume", "overwrite", "track", "wandb_project", "sample_every", "save_every", "save_dtype", "out")
-    files = "metrics.jsonl samples.jsonl checkpoints wandb config.json generation_config.json model.safetensors"
-    files += (
-        " model.safetensors.index.json model-*-of-*.safetensors tokenizer.json tokenizer_config.json tokenizer.model"
-    )
-    files += " special_tokens_map.json added_tokens.json chat_template.jinja vocab.json vocab.txt merges.txt"
+    files = """metrics.jsonl samples.jsonl checkpoints wandb config.json generation_config.json chat_template.jinja
+        model.safetensors model.safetensors.index.json model-*-of-*.safetensors tokenizer.json tokenizer_config.json
+        tokenizer.model added_tokens.json vocab.json vocab.txt merges.txt"""
 
     def __init__(self, args: "Args"):
         """Decides between a new run and a resumed one and refuses what would lose something. Writes nothing."""
         self.args, self.out, self.settings = args, Path(args.out), json.loads(json.dumps(vars(args)))
-        self.step = self.first = 0  # the last step that is done; the one that this process begins after
-        self.checkpoint = None  # the folder to load from instead of --model
+        self.step, self.checkpoint = 0, None  # the step that this process begins after, and the folder to load it from
         self.rows, self.record = [], {}  # of metrics.jsonl; the content of args.json
         self.optimizers, self.state = {}, {}  # by name; what state.pt holds beside them
         self.loss = self.skipped = self.skipped_in_a_row = 0
         self.received = self.signal = 0  # the signal that came here; the one that all ranks know of
-        self.checked, self.wandb, self.clock = False, None, time.perf_counter()
-        read = [getattr(args, name, None) for name in ("model", "reference", "value_model")]
-        for folder in (*read, *getattr(args, "reward", ())):
-            path = Path(folder or "").resolve()
-            inside = folder and path.is_dir() and self.out.resolve() in (path, *path.parents)
+        self.checked, self.wandb, self.clock = False, None, 0.0
+        read = [getattr(args, name, None) or "" for name in ("model", "reference", "value_model")]
+        for folder in filter(os.path.isdir, (*read, *getattr(args, "reward", ()))):
+            inside = Path(folder).resolve().is_relative_to(self.out.resolve())
             require(not inside, f"--out {self.out} holds {folder}, which this run reads: choose another --out")
         require(not (args.resume and args.overwrite), "--resume goes on from a run, --overwrite removes it: give one")
         require(not self.out.is_file(), f"--out {self.out} is a file: name a folder")
-        saved = self.out / "args.json"
-        with end_on_error(f"--out {self.out}: its args.json is broken, so choose another --out"):
-            self.record = json.loads(saved.read_text()) if saved.exists() else {}
-        ours = {"args", "resolved"} <= set(self.record)
         held = sorted(path.name for pattern in ("args.json " + self.files).split() for path in self.out.glob(pattern))
+        with end_on_error(f"--out {self.out}: its args.json is broken, so choose another --out"):
+            self.record = json.loads((self.out / "args.json").read_text()) if "args.json" in held else {}
+        ours = {"args", "resolved"} <= set(self.record)
         require(ours or not held, f"--out {self.out} holds {held}, which no run of ours wrote: choose another --out")
         may_go = not ours or args.resume or args.overwrite
         require(may_go, f"--out {self.out} holds a run: go on with --resume, or start anew with --overwrite")
         self.record = self.record if args.resume else {}
-        if self.record:
-            before = self.record["args"]
-            for name, value in self.settings.items():
-                free = name in self.free or (name in ("steps", "epochs") and args.lr_schedule == "constant")
-                flag = "--" + name.replace("_", "-")
-                same = free or value == before.get(name)
-                require(same, f"--resume: {flag} was {before.get(name)!r}; {value!r} would change the result")
-            for folder in (self.out / "checkpoints").glob("step-*[0-9]"):
-                if int(folder.name.removeprefix("step-")) > self.step:
-                    self.step, self.checkpoint = int(folder.name.removeprefix("step-")), str(folder)
+        for name, value in self.settings.items() if self.record else ():
+            free = name in self.free or (name in ("steps", "epochs") and args.lr_schedule == "constant")
+            before, flag = self.record["args"].get(name), "--" + name.replace("_", "-")
+            require(free or value == before, f"--resume: {flag} was {before!r}; {value!r} would change the result")
+        for folder in self.checkpoints() if self.record else ():  # the last one counts
+            self.step, self.checkpoint = int(folder.name.removeprefix("step-")), str(folder)
+
+    def checkpoints(self) -> list[Path]:
+        """The folders of the checkpoints that are whole, in the order of their steps."""
+        folders = (self.out / "checkpoints").glob("step-*[0-9]")
+        return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
+
+    def prune(self, keep: int):
+        """Removes all checkpoints but the last `keep`, so that a kill leaves each of them whole or not at all."""
+        for old in self.checkpoints()[::-1][keep:]:
+            shutil.rmtree(old.rename(old.with_suffix(".tmp")))
 
     def finished(self, steps: int) -> bool:
         """Whether there is nothing left to do; says so."""
@@ -1285,7 +1272,7 @@ class Run:
         if __name__ == "__main__":  # a notebook keeps its own Ctrl-C
             signal.signal(signal.SIGINT, self.on_signal)
             signal.signal(signal.SIGTERM, self.on_signal)
-        self.first, self.clock = self.step, time.perf_counter()
+        self.clock = time.perf_counter()
 
     def open_folder(self, logs: dict[str, list[dict]], resolved: dict):
         """Makes the folder or clears it, and writes args.json and the logs up to the step that the run begins after."""
@@ -1294,18 +1281,15 @@ class Run:
                 import wandb
             self.wandb = wandb
         self.out.mkdir(parents=True, exist_ok=True)
-        checkpoints, removed = self.out / "checkpoints", self.out / "checkpoints.tmp"
-        shutil.rmtree(removed, ignore_errors=True)
-        if self.args.overwrite and (self.out / "args.json").exists():  # no kill may leave a mixture of two runs
-            old = json.loads((self.out / "args.json").read_text())
-            write_beside(self.out / "args.json", json.dumps(old | {"finished": None}))
-        if self.args.overwrite and checkpoints.exists():
-            checkpoints.rename(removed)
-        wandb_id = self.record.get("wandb_id") or uuid.uuid4().hex[:8]
+        file = self.out / "args.json"
+        if self.args.overwrite and file.exists():  # in an order in which no kill leaves a mixture of two runs
+            write_beside(file, json.dumps(json.loads(file.read_text()) | {"finished": None}))
+            self.prune(0)
+        wandb_id = self.record.get("wandb_id") or os.urandom(4).hex()
         self.record = {"args": self.settings, "resolved": resolved, "wandb_id": wandb_id}
-        write_beside(self.out / "args.json", json.dumps(self.record, indent=2))  # marks the folder as a run's
-        patterns = ["checkpoints.tmp", "checkpoints/*.tmp", *(self.files.split() if self.args.overwrite else [])]
-        for path in [path for pattern in patterns for path in self.out.glob(pattern)]:
+        write_beside(file, json.dumps(self.record, indent=2))  # marks the folder as a run's
+        patterns = self.files if self.args.overwrite else "checkpoints/*.tmp"
+        for path in [path for pattern in patterns.split() for path in self.out.glob(pattern)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for name, rows in logs.items():
             write_beside(self.out / name, "".join(json.dumps(row) + "\n" for row in rows))
@@ -1329,13 +1313,9 @@ class Run:
         for trained, tokens in itertools.groupby(range(end), key=actions[0].tolist().__getitem__):
             piece = tokenizer.decode(ids[0, list(tokens)])
             text += f"«{piece}»" if trained else piece
-        num_bos = 0 if tokenizer.bos_token_id is None else int((ids[0, :end] == tokenizer.bos_token_id).sum())
-        num_eos = int((actions & (ids == tokenizer.eos_token_id)).sum())
-        print(
-            f"first row, trained tokens in «», BOS {num_bos} times:\n{text}\nfirst micro-batch: {len(ids)} rows, ",
-            end="",
-        )
-        print(f"{ids.numel()} tokens with padding, {int(actions.sum())} trained, {num_eos} of them EOS")
+        num_bos, num_eos = ids[0, :end].tolist().count(tokenizer.bos_token_id), ids[actions] == tokenizer.eos_token_id
+        print(f"first row, trained tokens in «», BOS {num_bos} times:\n{text}\nfirst micro-batch: {len(ids)} rows,")
+        print(f"{ids.numel()} tokens with padding, {int(actions.sum())} trained, {int(num_eos.sum())} of them EOS")
         if "kl_ref_seq" in means.sums:
             print(f"KL to the reference {means.result()['kl_ref_seq']:.1e} per completion")
         if gap is not None:
@@ -1392,17 +1372,16 @@ class Run:
         for name, rows in (("samples", [{"step": step, **sample} for sample in samples]), ("metrics", self.rows[-1:])):
             with open(self.out / f"{name}.jsonl", "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-        if step == self.first:  # the first evaluation says nothing of the time that a step takes
+        if step == self.step:  # the first evaluation says nothing of the time that a step takes
             self.clock = time.perf_counter()
         else:
-            left = (time.perf_counter() - self.clock) / (step - self.first) * (steps - step)
+            left = (time.perf_counter() - self.clock) / (step - self.step) * (steps - step)
             text = "  ".join(f"{x} {metrics[x]:.4g}" for x in shown.split() if metrics.get(x) is not None)
             speed = f"{metrics['time/tokens_per_s']:,.0f} tokens/s"
             print(f"step {step}/{steps}  {text}  {speed}  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
-        text = "  ".join(
-            f"{name[5:]} {x:.4g}" for name, x in metrics.items() if name.startswith("eval/") and x is not None
-        )
-        if text:
+        names = [x for x in metrics if x.startswith("eval/") and metrics[x] is not None]
+        if names:
+            text = "  ".join(f"{x.removeprefix('eval/')} {metrics[x]:.4g}" for x in names)
             print(f"evaluation at step {step}:  {text}", flush=True)
         if self.wandb:
             data = [[str(value) for value in sample.values()] for sample in samples]
@@ -1416,27 +1395,24 @@ class Run:
             model.save_pretrained(folder, state_dict={name: x.detach() for name, x in weights.items()})
             tokenizer.save_pretrained(folder)
 
-    def save(self, step: int, model, tokenizer, **others):
+    def save(self, step: int, model, tokenizer, value_model=None, **tensors):
         """checkpoints/step-N, the last two kept: a model folder with the optimizers' state. Exits if a signal came.
 
-        others: further models, each in a folder of its name, and tensors, which go into state.pt.
+        tensors: what state.pt holds besides.
         """
         folder = self.out / "checkpoints" / f"step-{step}"
         beside = folder.with_suffix(".tmp")
         self.write_model(beside, model, tokenizer)
-        state = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        if value_model is not None:
+            self.write_model(beside / "value_model", value_model, tokenizer)
+        state = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, **tensors}
         for name, optimizer in self.optimizers.items():
             saved = optimizer.state_dict()
             state[name] = saved | {"state": {i: gathered(moments) for i, moments in saved["state"].items()}}
-        for name, x in others.items():
-            if isinstance(x, torch.nn.Module):
-                self.write_model(beside / name, x, tokenizer)
-            else:
-                state[name] = x
         if RANK == 0:
             torch.save(state, beside / "state.pt")
             beside.rename(folder)
-            self.prune()
+            self.prune(2)
         if self.signal:
             print(f"stopped at step {step}: go on with --resume", flush=True)
             self.close()
@@ -1450,12 +1426,6 @@ class Run:
             dist.barrier()
             dist.destroy_process_group()
 
-    def prune(self):
-        """Keeps the last two checkpoints."""
-        folders = (self.out / "checkpoints").glob("step-*[0-9]")
-        for old in sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))[:-2]:
-            shutil.rmtree(old.rename(old.with_suffix(".tmp")))
-
     def finish(self, steps: int, model, tokenizer) -> dict[str, float]:
         """Writes the final model to `out`, config.json last, and returns the final metrics."""
         beside = self.out / "checkpoints" / "final.tmp"
@@ -1465,7 +1435,7 @@ class Run:
                 path.replace(self.out / path.name)
             beside.rmdir()
             write_beside(self.out / "args.json", json.dumps(self.record | {"finished": steps}, indent=2))
-            self.prune()
+            self.prune(2)
         self.close()
         print(f"wrote {self.out}")
         return self.summary()
@@ -1473,8 +1443,8 @@ class Run:
     def summary(self) -> dict[str, float]:
         """The last row of metrics.jsonl, and the first evaluation as before/..."""
         rows = self.rows or [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        before = {name: value for name, value in rows[0].items() if name.startswith("eval/")}
-        return {name.replace("eval/", "before/"): value for name, value in before.items()} | rows[-1]
+        before = {x.replace("eval/", "before/"): value for x, value in rows[0].items() if x.startswith("eval/")}
+        return before | rows[-1]
 
 
 def write_beside(path: Path, text: str):
