@@ -393,9 +393,8 @@ def load_reward(spec: str, args: "Args", device: torch.device) -> Callable[[list
     if names_a_model(spec):
         load_config(spec, "--reward", args.max_prompt_length + args.max_new_tokens)  # ends the run if they do not fit
         return RewardModel(spec, args.system_prompt, device, args.micro_batch_tokens)
-    hint = "give exact, format, a model's folder or Hub id, or file.py:function"
-    require(path.endswith(".py"), f"--reward {spec} is no reward: {hint}")
-    require(Path(path).is_file(), f"--reward {spec}: there is no file {path}")
+    is_file = path.endswith(".py") and Path(path).is_file()
+    require(is_file, f"--reward {spec}: give exact, format, a model's folder or Hub id, or file.py:function of a file")
     with end_on_error(f"--reward {spec}: {path} cannot be run"):
         function = runpy.run_path(path).get(name)
     require(callable(function), f"--reward {spec}: {path} has no function {name}(prompts, completions, rows)")
@@ -632,9 +631,7 @@ def generate(
             cache.batch_select_indices(left)
             unfinished, token, seen, position = unfinished[left], token[left], seen[left], position[left]
         seen, position = torch.cat([seen, seen.new_ones(len(seen), 1)], 1), position + 1
-        logits = model(
-            input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True
-        ).logits
+        logits = model(token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True).logits
     model.train(was_training)
     lengths, tokens, logprobs = (tokens >= 0).sum(1).tolist(), tokens.tolist(), logprobs.tolist()
     return [x[:k] for x, k in zip(tokens, lengths)], [x[:k] for x, k in zip(logprobs, lengths)]
@@ -707,8 +704,8 @@ def main(args: Args) -> dict[str, float]:
     evaluation = (sampler, tokenizer, eval_rows, eval_prompts, reward_of, args, eos_ids)
     if run.step == 0:
         run.log(0, steps, evaluate(*evaluation))
-    if run.step == 0 and run.rows[-1].get("eval/answered_sampled") == 0:
-        print("warning: no sample holds a readable answer, `#### 42`: ask for it with --system-prompt, or run sft.py")
+        if run.rows[-1].get("eval/answered_sampled") == 0:
+            print("warning: no sample holds an answer line, `#### 42`: ask for it by --system-prompt, or run sft.py")
 
     for step in range(run.step + 1, steps + 1):
         if args.kl_stop and (run.rows[-1].get("kl_ref_seq") or 0.0) > args.kl_stop:  # here, so that --resume ends too
@@ -741,22 +738,18 @@ def main(args: Args) -> dict[str, float]:
             trained += [n for n in range(B * G) if n not in trained][: WORLD_SIZE - len(trained)]
         sequences = []  # ids, mask and sampling log-probabilities of each row
         for n in trained:
-            prompt, before = prompts[n // G], [0] * len(prompts[n // G])
-            sequences.append(
-                (prompt + completions[n], before + [1] * len(completions[n]), before + sampling_logprobs[n])
-            )
+            prompt, completion = prompts[n // G], completions[n]
+            zeros = [0] * len(prompt)
+            sequences.append((prompt + completion, zeros + [1] * len(completion), zeros + sampling_logprobs[n]))
         batches = list(micro_batches(sequences, args.micro_batch_tokens, device))
         old_logprobs, ref_logprobs = [], [None] * len(batches)  # (n, L) for each micro-batch
         if reference is not None:
             with torch.no_grad(), autocast(device):
                 reference_of = functools.partial(token_logprobs, reference, with_entropy=False)
                 ref_logprobs = [reference_of(ids, x, args.temperature)[0] for _, ids, x, _ in batches]
-        sft_batches = []
-        if args.sft_coef:
-            drawn = [sft_data[i] for i in shuffled_indices(len(sft_data), args.seed, "sft", step, B)]
-            sft_tokens = sum(sum(mask) for _, mask in drawn)
-            sft_batches = list(micro_batches(drawn, args.micro_batch_tokens, device))
-        step_means = Means()
+        drawn = shuffled_indices(len(sft_data), args.seed, "sft", step, B) if args.sft_coef else []
+        demonstrations, step_means = [sft_data[i] for i in drawn], Means()
+        sft_tokens = sum(sum(mask) for _, mask in demonstrations)
         for epoch in range(args.num_epochs):
             epoch_means = Means()
             for k, (indices, ids, mask, sampled) in enumerate(batches):
@@ -785,7 +778,7 @@ def main(args: Args) -> dict[str, float]:
             if args.target_kl and epoch_means.result().get("approx_kl_old", 0.0) > args.target_kl:
                 run.discard()
                 break
-            for _, ids, mask in sft_batches:
+            for _, ids, mask in micro_batches(demonstrations, args.micro_batch_tokens, device):
                 with autocast(device):
                     logprobs, _ = token_logprobs(policy, ids, mask, with_entropy=False)
                 run.backward(args.sft_coef * sft_loss(logprobs, mask, sft_tokens))
@@ -1089,15 +1082,11 @@ def gathered(state: dict) -> dict:
     return {name: found.get(id(x), x) for name, x in state.items()}
 
 
-def sharded_like(parameter: Tensor, state: dict) -> dict:
-    """An optimizer's state of one parameter, this rank's share of it: the inverse of `gathered`."""
-    if not isinstance(parameter, DTensor):
-        return state
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return {
-        name: distribute_tensor(x, mesh, placements, src_data_rank=None) if x.shape == parameter.shape else x
-        for name, x in state.items()
-    }  # without a source: every rank has read the whole and keeps its share
+def share_of(x: Tensor, parameter: Tensor) -> Tensor:
+    """Of an optimizer's state of a parameter, which every rank has read whole, this rank's share."""
+    if not isinstance(parameter, DTensor) or x.shape != parameter.shape:
+        return x
+    return distribute_tensor(x, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def read_dataset(name: str, split: str, flag: str, wanted: list[str]) -> list[dict]:
@@ -1256,8 +1245,9 @@ class Run:
                 self.state = torch.load(file, "cpu", weights_only=True, mmap=mmap)
                 for name, optimizer in optimizers.items():
                     saved, (group,) = self.state.pop(name), optimizer.param_groups
-                    moments = {i: sharded_like(group["params"][i], x) for i, x in saved["state"].items()}
-                    optimizer.load_state_dict(saved | {"state": moments})
+                    for i, moments in saved["state"].items():
+                        saved["state"][i] = {key: share_of(x, group["params"][i]) for key, x in moments.items()}
+                    optimizer.load_state_dict(saved)
                 self.skipped, self.skipped_in_a_row = self.state["skipped"], self.state["skipped_in_a_row"]
         logs = {"metrics.jsonl": [], "samples.jsonl": []}
         for name in logs if self.checkpoint else ():

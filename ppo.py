@@ -457,9 +457,8 @@ def load_reward(spec: str, args: "Args", device: torch.device) -> Callable[[list
     if names_a_model(spec):
         load_config(spec, "--reward", args.max_prompt_length + args.max_new_tokens)  # ends the run if they do not fit
         return RewardModel(spec, args.system_prompt, device, args.micro_batch_tokens)
-    hint = "give exact, format, a model's folder or Hub id, or file.py:function"
-    require(path.endswith(".py"), f"--reward {spec} is no reward: {hint}")
-    require(Path(path).is_file(), f"--reward {spec}: there is no file {path}")
+    is_file = path.endswith(".py") and Path(path).is_file()
+    require(is_file, f"--reward {spec}: give exact, format, a model's folder or Hub id, or file.py:function of a file")
     with end_on_error(f"--reward {spec}: {path} cannot be run"):
         function = runpy.run_path(path).get(name)
     require(callable(function), f"--reward {spec}: {path} has no function {name}(prompts, completions, rows)")
@@ -746,9 +745,7 @@ def generate(
             cache.batch_select_indices(left)
             unfinished, token, seen, position = unfinished[left], token[left], seen[left], position[left]
         seen, position = torch.cat([seen, seen.new_ones(len(seen), 1)], 1), position + 1
-        logits = model(
-            input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True
-        ).logits
+        logits = model(token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True).logits
     model.train(was_training)
     lengths, tokens, logprobs = (tokens >= 0).sum(1).tolist(), tokens.tolist(), logprobs.tolist()
     return [x[:k] for x, k in zip(tokens, lengths)], [x[:k] for x, k in zip(logprobs, lengths)]
@@ -790,9 +787,8 @@ def evaluate(sampler, tokenizer, rows, prompts, reward_of, args, eos_ids) -> dic
 
 def pad(rows: list[list[float]], device: torch.device) -> Tensor:
     """Rows of unequal length as one tensor (N, L), right-padded with 0."""
-    length = max(map(len, rows))
-    padded = [[*row, *[0.0] * (length - len(row))] for row in rows]
-    return torch.tensor(padded, dtype=torch.float32, device=device)
+    columns = [torch.tensor(row, dtype=torch.float32) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(columns, batch_first=True).to(device)
 
 
 @torch.no_grad()
@@ -837,11 +833,8 @@ def warn(rows: list[dict], metrics: dict[str, float]):
         if metrics.get(name, 0.0) > limit >= (before.get(name) or 0.0):
             print(f"warning: {name} {metrics[name]:.3g} is above {limit:g}: {advice}")
     if metrics["entropy"] < 0.1 * first <= (before.get("entropy") or first):
-        print(
-            f"warning: entropy {metrics['entropy']:.3g} is below a tenth of the first step's: if samples are not yet",
-            end=" ",
-        )
-        print("good, the policy has collapsed: raise --entropy-coef or --kl-coef")
+        print(f"warning: entropy {metrics['entropy']:.3g} is below a tenth of the first step's:", end=" ")
+        print("if samples are not yet good, the policy has collapsed: raise --entropy-coef or --kl-coef")
     if metrics["reward_std"] == 0.0 != before.get("reward_std"):
         print("warning: all rewards of this step are equal: collapse, or nothing left to learn")
 
@@ -887,8 +880,8 @@ def main(args: Args) -> dict[str, float]:
     evaluation = (sampler, tokenizer, eval_rows, eval_prompts, reward_of, args, eos_ids)
     if run.step == 0:
         run.log(0, steps, evaluate(*evaluation))
-    if run.step == 0 and run.rows[-1].get("eval/answered_sampled") == 0:
-        print("warning: no sample holds a readable answer, `#### 42`: ask for it with --system-prompt, or run sft.py")
+        if run.rows[-1].get("eval/answered_sampled") == 0:
+            print("warning: no sample holds an answer line, `#### 42`: ask for it by --system-prompt, or run sft.py")
 
     for step in range(run.step + 1, steps + 1):
         if args.kl_stop and (run.rows[-1].get("kl_ref_seq") or 0.0) > args.kl_stop:  # here, so that --resume ends too
@@ -950,9 +943,8 @@ def main(args: Args) -> dict[str, float]:
             num_tokens = sum(sum(actions) for _, actions in batch)
             for indices, ids, actions in micro_batches(batch, args.micro_batch_tokens, device):
                 n, L = [minibatch[i] for i in indices], ids.shape[1]
-                old, advantage, old_value, target = (
-                    x[n, :L] for x in (old_logprobs, advantages, old_values, returns)
-                )  # (n, L), like all below
+                of_rollout = (old_logprobs, advantages, old_values, returns)
+                old, advantage, old_value, target = (x[n, :L] for x in of_rollout)  # (n, L), like all below
                 with autocast(device):
                     logprobs, entropy = token_logprobs(policy, ids, actions, args.temperature, args.entropy_coef > 0)
                 policy_part = policy_loss(logprobs, old, advantage, actions, args.clip_eps, num_tokens)
@@ -1277,15 +1269,11 @@ def gathered(state: dict) -> dict:
     return {name: found.get(id(x), x) for name, x in state.items()}
 
 
-def sharded_like(parameter: Tensor, state: dict) -> dict:
-    """An optimizer's state of one parameter, this rank's share of it: the inverse of `gathered`."""
-    if not isinstance(parameter, DTensor):
-        return state
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return {
-        name: distribute_tensor(x, mesh, placements, src_data_rank=None) if x.shape == parameter.shape else x
-        for name, x in state.items()
-    }  # without a source: every rank has read the whole and keeps its share
+def share_of(x: Tensor, parameter: Tensor) -> Tensor:
+    """Of an optimizer's state of a parameter, which every rank has read whole, this rank's share."""
+    if not isinstance(parameter, DTensor) or x.shape != parameter.shape:
+        return x
+    return distribute_tensor(x, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def read_dataset(name: str, split: str, flag: str, wanted: list[str]) -> list[dict]:
@@ -1444,8 +1432,9 @@ class Run:
                 self.state = torch.load(file, "cpu", weights_only=True, mmap=mmap)
                 for name, optimizer in optimizers.items():
                     saved, (group,) = self.state.pop(name), optimizer.param_groups
-                    moments = {i: sharded_like(group["params"][i], x) for i, x in saved["state"].items()}
-                    optimizer.load_state_dict(saved | {"state": moments})
+                    for i, moments in saved["state"].items():
+                        saved["state"][i] = {key: share_of(x, group["params"][i]) for key, x in moments.items()}
+                    optimizer.load_state_dict(saved)
                 self.skipped, self.skipped_in_a_row = self.state["skipped"], self.state["skipped_in_a_row"]
         logs = {"metrics.jsonl": [], "samples.jsonl": []}
         for name in logs if self.checkpoint else ():

@@ -432,9 +432,7 @@ def generate(
             cache.batch_select_indices(left)
             unfinished, token, seen, position = unfinished[left], token[left], seen[left], position[left]
         seen, position = torch.cat([seen, seen.new_ones(len(seen), 1)], 1), position + 1
-        logits = model(
-            input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True
-        ).logits
+        logits = model(token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True).logits
     model.train(was_training)
     lengths, tokens, logprobs = (tokens >= 0).sum(1).tolist(), tokens.tolist(), logprobs.tolist()
     return [x[:k] for x, k in zip(tokens, lengths)], [x[:k] for x, k in zip(logprobs, lengths)]
@@ -833,15 +831,11 @@ def gathered(state: dict) -> dict:
     return {name: found.get(id(x), x) for name, x in state.items()}
 
 
-def sharded_like(parameter: Tensor, state: dict) -> dict:
-    """An optimizer's state of one parameter, this rank's share of it: the inverse of `gathered`."""
-    if not isinstance(parameter, DTensor):
-        return state
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return {
-        name: distribute_tensor(x, mesh, placements, src_data_rank=None) if x.shape == parameter.shape else x
-        for name, x in state.items()
-    }  # without a source: every rank has read the whole and keeps its share
+def share_of(x: Tensor, parameter: Tensor) -> Tensor:
+    """Of an optimizer's state of a parameter, which every rank has read whole, this rank's share."""
+    if not isinstance(parameter, DTensor) or x.shape != parameter.shape:
+        return x
+    return distribute_tensor(x, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def read_dataset(name: str, split: str, flag: str, wanted: list[str]) -> list[dict]:
@@ -1000,8 +994,9 @@ class Run:
                 self.state = torch.load(file, "cpu", weights_only=True, mmap=mmap)
                 for name, optimizer in optimizers.items():
                     saved, (group,) = self.state.pop(name), optimizer.param_groups
-                    moments = {i: sharded_like(group["params"][i], x) for i, x in saved["state"].items()}
-                    optimizer.load_state_dict(saved | {"state": moments})
+                    for i, moments in saved["state"].items():
+                        saved["state"][i] = {key: share_of(x, group["params"][i]) for key, x in moments.items()}
+                    optimizer.load_state_dict(saved)
                 self.skipped, self.skipped_in_a_row = self.state["skipped"], self.state["skipped_in_a_row"]
         logs = {"metrics.jsonl": [], "samples.jsonl": []}
         for name in logs if self.checkpoint else ():
