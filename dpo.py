@@ -694,13 +694,12 @@ def main(args: Args) -> dict[str, float]:
     train_rows, eval_rows = load_data(args, ["chosen+rejected"])
     tokenizer, eos_ids = load_tokenizer(args.model, args.max_length + args.max_new_tokens)
     encode = functools.partial(encode_pair, tokenizer, system_prompt=args.system_prompt, eos_ids=eos_ids)
-    data = []
-    for rows, flag in ((train_rows, "--dataset"), (eval_rows, "--eval-dataset")):
-        rows = select_pairs(rows, bool(tokenizer.chat_template), flag)
-        rows, pairs = encode_rows(encode, rows, args.max_length, "--max-length")
-        audit(pairs, flag)
-        data.append((rows, pairs))
-    (train_rows, train_pairs), (eval_rows, eval_pairs) = data
+    train_rows = select_pairs(train_rows, bool(tokenizer.chat_template), "--dataset")
+    eval_rows = select_pairs(eval_rows, bool(tokenizer.chat_template), "--eval-dataset")
+    train_rows, train_pairs = encode_rows(encode, train_rows, args.max_length, "--max-length")
+    eval_rows, eval_pairs = encode_rows(encode, eval_rows, args.max_length, "--max-length")
+    audit(train_pairs, "--dataset")
+    audit(eval_pairs, "--eval-dataset")
     require(len(train_pairs) >= args.batch_size, f"--batch-size: there are only {len(train_pairs)} pairs")
     steps = args.steps or math.ceil(args.epochs * len(train_pairs) / args.batch_size)
     if run.finished(steps):

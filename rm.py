@@ -253,11 +253,6 @@ def as_messages(prompt: str | list[dict], system_prompt: str | None) -> list[dic
     return [*([{"role": "system", "content": system_prompt}] if system_prompt else []), *messages]
 
 
-def prompt_of(row: dict) -> str | list[dict]:
-    """The prompt of a row, text or messages: its column `prompt`, else `question`."""
-    return row["prompt"] if "prompt" in row else row["question"]
-
-
 def render(tokenizer, messages: list[dict], generation_prompt: bool = False) -> str:
     """The text of a conversation: by the chat template where there is one, else all turns with a blank line between."""
     if not tokenizer.chat_template:
@@ -277,7 +272,7 @@ def encode_scored(tokenizer, prompt: str | list[dict], completion: str, system_p
 
 def encode_scored_pair(tokenizer, row: dict, system_prompt: str | None) -> tuple[tuple, tuple]:
     """(ids, mask) of the chosen and of the rejected text; mask is 1 on all of it."""
-    sides = [encode_scored(tokenizer, prompt_of(row), row[side], system_prompt) for side in ("chosen", "rejected")]
+    sides = [encode_scored(tokenizer, row["prompt"], row[side], system_prompt) for side in ("chosen", "rejected")]
     return tuple((ids, [1] * len(ids)) for ids in sides)
 
 
@@ -473,15 +468,6 @@ def evaluate_rewards(rewards: Tensor, pairs: list[tuple]) -> dict[str, float]:
     return metrics | {f"calibration/{name}": value for name, value in calibrated.items()}
 
 
-def print_calibration(metrics: dict):
-    """The ten bins of the last evaluation, as a table."""
-    print("the side with the higher reward is the chosen one:\n  predicted  observed  pairs")
-    for k in range(10):
-        predicted, observed, pairs = (metrics[f"calibration/{x}_{k}"] for x in ("predicted", "observed", "pairs"))
-        if pairs:
-            print(f"  {predicted:9.3f}  {observed:8.3f}  {pairs:5,}")
-
-
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -491,13 +477,12 @@ def main(args: Args) -> dict[str, float]:
     train_rows, eval_rows = load_data(args, ["chosen+rejected"])
     tokenizer, eos_ids = load_tokenizer(args.model, args.max_length)
     encode = functools.partial(encode_scored_pair, tokenizer, system_prompt=args.system_prompt)
-    data = []
-    for rows, flag in ((train_rows, "--dataset"), (eval_rows, "--eval-dataset")):
-        rows = select_pairs(rows, bool(tokenizer.chat_template), flag)
-        rows, pairs = encode_rows(encode, rows, args.max_length, "--max-length")
-        audit(pairs, flag)
-        data.append((rows, pairs))
-    (train_rows, train_pairs), (eval_rows, eval_pairs) = data
+    train_rows = select_pairs(train_rows, bool(tokenizer.chat_template), "--dataset")
+    eval_rows = select_pairs(eval_rows, bool(tokenizer.chat_template), "--eval-dataset")
+    train_rows, train_pairs = encode_rows(encode, train_rows, args.max_length, "--max-length")
+    eval_rows, eval_pairs = encode_rows(encode, eval_rows, args.max_length, "--max-length")
+    audit(train_pairs, "--dataset")
+    audit(eval_pairs, "--eval-dataset")
     margins = torch.tensor([margin_of(row) for row in train_rows])
     if margins.any():
         print(f"--dataset: margins of mean {margins.mean():.3g}, at most {margins.max():.3g}, in units of the reward")
@@ -543,8 +528,7 @@ def main(args: Args) -> dict[str, float]:
         num_tokens = sum(len(ids) for pair in batch for ids, _ in pair)
         metrics |= {"time/step_s": seconds, "time/tokens_per_s": num_tokens / seconds}
         if step == steps or step % args.eval_every == 0:
-            rewards = score_pairs(model, eval_pairs, args.micro_batch_tokens)
-            metrics |= evaluate_rewards(rewards, eval_pairs)
+            metrics |= evaluate_rewards(score_pairs(model, eval_pairs, args.micro_batch_tokens), eval_pairs)
         samples = []
         if step % args.sample_every == 0:
             for row, pair in zip(eval_rows, score_pairs(model, eval_pairs[:4], args.micro_batch_tokens).tolist()):
@@ -553,7 +537,6 @@ def main(args: Args) -> dict[str, float]:
         run.log(step, steps, metrics, samples, "loss pair_accuracy margin grad_norm lr")
         if step == steps or run.signal or step % args.save_every == 0:
             run.save(step, model, tokenizer)
-    print_calibration(run.rows[-1])
     return run.finish(steps, model, tokenizer)
 
 
