@@ -411,9 +411,8 @@ def format_reward(prompts: list, completions: list[str], rows: list[dict]) -> li
 class RewardModel:
     """A classifier with one label, called like any reward function; higher is better, any scale.
 
-    The text is tokenised anew with the classifier's own tokenizer and chat template, and `transformers` itself picks
-    the token that is read: the last one that is not padding. So a completion that was cut looks finished to it;
-    `missing_eos_penalty` is there for that.
+    Text is tokenised anew by its own tokenizer and chat template, and `transformers` picks the token that is read, the
+    last one that is not padding: a completion that was cut looks finished to it. `missing_eos_penalty` is for that.
     """
 
     def __init__(self, name: str, system_prompt: str | None, device: torch.device, max_tokens: int):
@@ -485,13 +484,10 @@ def call_reward(name: str, function: Callable, prompts: list, completions: list[
 def compute_rewards(
     functions: dict[str, Callable], weights: list[float], prompts: list, completions: list[str], rows: list[dict]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of all rewards (N,), and each of them by name.
-
-    A reward model's work is shared by the ranks; any other function is called by the first one alone.
-    """
+    """The weighted sum of all rewards (N,), and each of them by name."""
     by_name = {}
     for name, function in functions.items():
-        mine = RANK == 0 or isinstance(function, RewardModel)
+        mine = RANK == 0 or isinstance(function, RewardModel)  # whose work all ranks share; others are called once
         values = call_reward(name, function, prompts, completions, rows) if mine else [-math.inf] * len(rows)
         by_name[name] = over_ranks(torch.tensor(values), dist.ReduceOp.MAX)
     return sum(weight * values for weight, values in zip(weights, by_name.values())), by_name
@@ -547,9 +543,8 @@ def extend(tokenizer, ids: list[int], done: str, text: str) -> list[int]:
 def encode_row(tokenizer, row: dict, system_prompt: str | None, eos_ids: list[int]) -> tuple[list[int], list[int]]:
     """A row of SFT data as ids and mask: 1 on what is trained, up to and including its end of turn, else 0.
 
-    Of `messages` every assistant turn is trained, of `prompt` and `completion` the completion alone. Turns
-    extend what precedes them, so that a prompt has the very ids that sampling will start from.
-    Raises ValueError if the chat template changes earlier text once a turn follows.
+    Of `messages` every assistant turn is trained, else the completion alone. A prompt has the very ids that sampling
+    will start from. Raises ValueError if the chat template changes earlier text once a turn follows.
     """
     if "messages" in row:
         messages = as_messages(row["messages"], system_prompt)
@@ -752,10 +747,7 @@ def generate(
 
 
 def rollout(sampler, prompts, num_samples, temperature, eos_ids, uniforms, batch_size) -> tuple[list, list]:
-    """`generate`, at most `batch_size` sequences at a time, so that the KV cache stays bounded.
-
-    Every rank decodes its share of the prompts, and all get all completions.
-    """
+    """`generate`, shared among the ranks, at most `batch_size` sequences at a time: the KV cache stays bounded."""
     completions, logprobs, chunk = [], [], max(1, batch_size // num_samples)  # chunk: prompts at a time
     first, end = (len(prompts) * rank // WORLD_SIZE for rank in (RANK, RANK + 1))
     for start in range(first, end, chunk):
@@ -1117,14 +1109,11 @@ def micro_batch_rows(widths: list[int], max_tokens: int) -> list[list[int]]:
 
 
 def micro_batches(rows: list[tuple], max_tokens: int, device: torch.device, pad_id: int = 0) -> Iterator[tuple]:
-    """Rows of (ids, mask, ...), lists of one length, as right-padded tensors: indices (n), ids (n, L), mask (n, L), ...
-
-    This rank's share, as `micro_batch_rows` says. What pads ids is of no consequence under a causal model.
-    """
+    """This rank's rows of (ids, mask, ...), right-padded: indices (n), ids (n, L), mask (n, L), ..."""
     for batch in micro_batch_rows([len(row[0]) for row in rows], max_tokens):
         width = len(rows[batch[0]][0])
         ids, *others = zip(*(rows[i] for i in batch))
-        ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in ids], device=device)
+        ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in ids], device=device)  # causally never seen
         others = [[row + [0] * (width - len(row)) for row in column] for column in others]
         yield batch, ids, *(torch.tensor(column, dtype=torch.float32, device=device) for column in others)
 
@@ -1167,10 +1156,9 @@ def load_tokenizer(name: str, num_tokens: int):
     except OSError:  # it has none
         stops = config.get_text_config().eos_token_id
     eos_ids = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "@answer@"}]
-        tail = render(tokenizer, turns).rpartition("@answer@")[2]
-        eos_ids |= set(tokenizer.encode(tail, add_special_tokens=False)[:1]) & set(tokenizer.added_tokens_decoder)
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "@answer@"}]
+    tail = render(tokenizer, turns).rpartition("@answer@")[2]  # empty without a template
+    eos_ids |= set(tokenizer.encode(tail, add_special_tokens=False)[:1]) & set(tokenizer.added_tokens_decoder)
     return tokenizer, sorted(eos_ids)
 
 
@@ -1329,8 +1317,6 @@ def encode_rows(encode: Callable, rows: list[dict], max_length: int, flag: str) 
         if max(len(part[0] if isinstance(part, tuple) else part) for part in parts) <= max_length:
             kept.append(row)
             encoded.append(item)
-        if (i + 1) % 50_000 == 0:
-            print(f"encoded {i + 1:,} of {len(rows):,} rows", flush=True)
     require(len(kept) > 0, f"all {len(rows)} rows are longer than {flag} {max_length} (tokens): raise it")
     if len(kept) < len(rows):
         print(f"dropped {len(rows) - len(kept):,} of {len(rows):,} rows: longer than {flag} {max_length} (tokens)")
@@ -1517,8 +1503,7 @@ class Run:
     def update(self, **rates: float) -> dict[str, float]:
         """Clips each model's gradient to max_grad_norm and steps each optimizer at the rate given under its name.
 
-        Returns loss and grad_norm (value_grad_norm for a `value_optimizer`). Skips what is not finite; ten in a row
-        end the run.
+        Returns loss, grad_norm (value_grad_norm for `value_optimizer`). Ten in a row that are not finite end the run.
         """
         metrics = {"loss": float(over_ranks(torch.as_tensor(self.loss)))}
         for name, lr in rates.items():
@@ -1573,10 +1558,7 @@ class Run:
             tokenizer.save_pretrained(folder)
 
     def save(self, step: int, model, tokenizer, value_model=None, **tensors):
-        """checkpoints/step-N, the last two kept: a model folder with the optimizers' state. Exits if a signal came.
-
-        tensors: what state.pt holds besides.
-        """
+        """checkpoints/step-N, a model folder with the optimizers' state and `tensors`. Exits if a signal came."""
         folder = self.out / "checkpoints" / f"step-{step}"
         beside = folder.with_suffix(".tmp")
         self.write_model(beside, model, tokenizer)
