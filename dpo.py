@@ -64,10 +64,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -258,21 +257,19 @@ def prompt_of(row: dict) -> str | list[dict]:
 
 
 def render(tokenizer, messages: list[dict], generation_prompt: bool = False) -> str:
-    """The text of a conversation under the tokenizer's chat template."""
+    """The text of a conversation: by the chat template where there is one, else all turns with a blank line between."""
+    if not tokenizer.chat_template:
+        return "\n\n".join(message["content"] for message in messages)
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
 
 
 def encode_prompt(tokenizer, row: dict, system_prompt: str | None) -> list[int]:
-    """The one function that turns a prompt into ids: by the chat template where there is one, else as plain text.
-
-    Plain text gets one BOS if the tokenizer uses BOS; a template brings its own.
-    """
-    messages, bos = as_messages(prompt_of(row), system_prompt), tokenizer.bos_token_id
-    if tokenizer.chat_template:
-        return tokenizer.encode(render(tokenizer, messages, generation_prompt=True), add_special_tokens=False)
-    ids = tokenizer.encode("\n\n".join(message["content"] for message in messages), add_special_tokens=False)
-    uses_bos = bos is not None and tokenizer.encode("a")[:1] == [bos]
-    return [bos, *ids] if uses_bos and ids[:1] != [bos] else ids
+    """The one function that turns a prompt into ids. Plain text gets one BOS if the tokenizer uses BOS."""
+    text = render(tokenizer, as_messages(prompt_of(row), system_prompt), generation_prompt=True)
+    ids, bos = tokenizer.encode(text, add_special_tokens=False), tokenizer.bos_token_id
+    if tokenizer.chat_template or bos is None or ids[:1] == [bos] or tokenizer.encode("a")[:1] != [bos]:
+        return ids  # a template brings its own BOS
+    return [bos, *ids]
 
 
 def extend(tokenizer, ids: list[int], done: str, text: str) -> list[int]:
@@ -286,9 +283,8 @@ def extend(tokenizer, ids: list[int], done: str, text: str) -> list[int]:
 def encode_row(tokenizer, row: dict, system_prompt: str | None, eos_ids: list[int]) -> tuple[list[int], list[int]]:
     """A row of SFT data as ids and mask: 1 on what is trained, up to and including its end of turn, else 0.
 
-    Of `messages` every assistant turn is trained, of `prompt` and `completion` the completion alone. Turns
-    extend what precedes them, so that a prompt has the very ids that sampling will start from.
-    Raises ValueError if the chat template changes earlier text once a turn follows.
+    Of `messages` every assistant turn is trained, else the completion alone. A prompt has the very ids that sampling
+    will start from. Raises ValueError if the chat template changes earlier text once a turn follows.
     """
     if "messages" in row:
         messages = as_messages(row["messages"], system_prompt)
@@ -354,11 +350,10 @@ def split_pair(row: dict, chat: bool) -> dict | None:
         if prompt != other or any(turn in chosen + rejected for turn in (mark, "\n\nHuman:")):
             return None
         if chat:
-            head, *turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + prompt.strip().removesuffix(mark))
-            names = [None, *turns[::2]]  # who speaks; nobody in front of the first mark
-            roles = {None: "system", "Human": "user", "Assistant": "assistant"}
-            turns = [(roles[name], text.strip()) for name, text in zip(names, [head, *turns[1::2]])]
-            prompt = [{"role": role, "content": text} for role, text in turns if role != "system" or text]
+            texts = re.split(r"\n\n(Human|Assistant):", "\n\n" + prompt.strip().removesuffix(mark))
+            roles = ["system", *({"Human": "user", "Assistant": "assistant"}[name] for name in texts[1::2])]
+            turns = [{"role": role, "content": text.strip()} for role, text in zip(roles, texts[::2])]
+            prompt = turns if turns[0]["content"] else turns[1:]  # the system's turn: what precedes the first mark
             chosen, rejected = chosen.strip(), rejected.strip()
     return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
@@ -374,9 +369,7 @@ def select_pairs(rows: list[dict], chat: bool, flag: str) -> list[dict]:
             equal = pair and pair["chosen"] == pair["rejected"]
             empty = pair and not (pair["chosen"].strip() and pair["rejected"].strip())
         except (ValueError, TypeError, LookupError, AttributeError) as error:  # what a malformed row makes it raise
-            raise SystemExit(
-                f"{flag}: `chosen`, `rejected` of row {i} are no pair: {error!r}; the row is {row}"
-            ) from error
+            raise SystemExit(f"{flag}: row {i}: `chosen`, `rejected` are no pair: {error!r}; it is {row}") from error
         for reason, found in zip(dropped, (equal, pair is None, empty and not equal)):
             dropped[reason] += bool(found)
         if pair is None or equal or empty:
@@ -490,7 +483,7 @@ def load_reference(args: Args, tokenizer, device: torch.device):
     if args.reference:
         other = from_hub(transformers.AutoTokenizer, name, "--reference")
         require(other.get_vocab() == tokenizer.get_vocab(), f"--reference {name} has another tokenizer than --model")
-        require_window(load_config(name, "--reference"), f"--reference {name}", args.max_length)
+        load_config(name, "--reference", args.max_length)  # ends the run if they do not fit
     reference = load_model(name, device, flag="--reference" if args.reference else "--model").requires_grad_(False)
     return shard(reference, device)
 
@@ -568,18 +561,12 @@ def exact_match(completion: str, answer: str) -> float:
 
 @torch.no_grad()
 def generate(
-    model,
-    prompts: list[list[int]],
-    num_samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    eos_ids: list[int],
-    uniforms: Tensor,
+    model, prompts: list, num_samples: int, max_new_tokens: int, temperature: float, eos_ids: list, uniforms: Tensor
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Samples `num_samples` completions of each prompt: ids and their log-probabilities, prompt-major, B*G of each.
 
-    uniforms: (B*G, max_new_tokens) in [0, 1). Row i draws token t from uniforms[i, t] by inverse CDF of
-    softmax(logits / temperature), so what it samples depends neither on its neighbours nor on chunking.
+    prompts: B lists of ids. uniforms: (B*G, max_new_tokens) in [0, 1): row i draws token t from uniforms[i, t] by
+    inverse CDF of softmax(logits / temperature), so what it samples depends neither on its neighbours nor on chunking.
     Temperature 0 is greedy, with log-probabilities at temperature 1. A completion ends with the first of `eos_ids`,
     which it keeps, or at `max_new_tokens`. Nothing of the model's generation config applies.
 
@@ -617,19 +604,14 @@ def generate(
             cache.batch_select_indices(left)
             unfinished, token, seen, position = unfinished[left], token[left], seen[left], position[left]
         seen, position = torch.cat([seen, seen.new_ones(len(seen), 1)], 1), position + 1
-        logits = model(
-            input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True
-        ).logits
+        logits = model(token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True).logits
     model.train(was_training)
     lengths, tokens, logprobs = (tokens >= 0).sum(1).tolist(), tokens.tolist(), logprobs.tolist()
     return [x[:k] for x, k in zip(tokens, lengths)], [x[:k] for x, k in zip(logprobs, lengths)]
 
 
 def rollout(sampler, prompts, num_samples, temperature, eos_ids, uniforms, batch_size) -> tuple[list, list]:
-    """`generate`, at most `batch_size` sequences at a time, so that the KV cache stays bounded.
-
-    Every rank decodes its share of the prompts, and all get all completions.
-    """
+    """`generate`, shared among the ranks, at most `batch_size` sequences at a time: the KV cache stays bounded."""
     completions, logprobs, chunk = [], [], max(1, batch_size // num_samples)  # chunk: prompts at a time
     first, end = (len(prompts) * rank // WORLD_SIZE for rank in (RANK, RANK + 1))
     for start in range(first, end, chunk):
@@ -705,13 +687,12 @@ def main(args: Args) -> dict[str, float]:
     train_rows, eval_rows = load_data(args, ["chosen+rejected"])
     tokenizer, eos_ids = load_tokenizer(args.model, args.max_length + args.max_new_tokens)
     encode = functools.partial(encode_pair, tokenizer, system_prompt=args.system_prompt, eos_ids=eos_ids)
-    data = []
-    for rows, flag in ((train_rows, "--dataset"), (eval_rows, "--eval-dataset")):
-        rows = select_pairs(rows, bool(tokenizer.chat_template), flag)
-        rows, pairs = encode_rows(encode, rows, args.max_length, "--max-length")
-        audit(pairs, flag)
-        data.append((rows, pairs))
-    (train_rows, train_pairs), (eval_rows, eval_pairs) = data
+    train_rows = select_pairs(train_rows, bool(tokenizer.chat_template), "--dataset")
+    eval_rows = select_pairs(eval_rows, bool(tokenizer.chat_template), "--eval-dataset")
+    train_rows, train_pairs = encode_rows(encode, train_rows, args.max_length, "--max-length")
+    eval_rows, eval_pairs = encode_rows(encode, eval_rows, args.max_length, "--max-length")
+    audit(train_pairs, "--dataset")
+    audit(eval_pairs, "--eval-dataset")
     require(len(train_pairs) >= args.batch_size, f"--batch-size: there are only {len(train_pairs)} pairs")
     steps = args.steps or math.ceil(args.epochs * len(train_pairs) / args.batch_size)
     if run.finished(steps):
@@ -779,7 +760,6 @@ def main(args: Args) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------------ plumbing
 # The same in every script: read it once.
 
-
 # torchrun starts a process, a rank, for each GPU; without it there is one
 RANK = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
@@ -789,6 +769,15 @@ def require(ok: bool, message: str):
     """Ends the run with `message` unless `ok`."""
     if not ok:
         raise SystemExit(message)
+
+
+@contextmanager
+def end_on_error(message: str):
+    """Ends the run with `message` and the error, whatever the code inside raises: libraries raise anything."""
+    try:
+        yield
+    except Exception as error:
+        raise SystemExit(f"{message}: {type(error).__name__}: {error}") from error
 
 
 def check_numbers(args: "Args"):
@@ -860,9 +849,7 @@ def shuffled_indices(num_rows: int, seed: int, purpose: str, step: int, count: i
 def micro_batch_rows(widths: list[int], max_tokens: int) -> list[list[int]]:
     """The row numbers of this rank's micro-batches, widest rows first: width * rows is at most `max_tokens`.
 
-    Only a wider row comes alone. Every rank has as many micro-batches, because sharded weights are gathered and
-    gradients are summed by all ranks at once: some are split or, if there are too few rows for that, hold one row too
-    many. widths: tokens of each row.
+    All ranks have as many, because they gather weights together: some are split or, of too few rows, one too large.
     """
     order, batches = sorted(range(len(widths)), key=lambda i: -widths[i]), []
     if 0 < len(order) < WORLD_SIZE:
@@ -885,24 +872,17 @@ def micro_batch_rows(widths: list[int], max_tokens: int) -> list[list[int]]:
 
 
 def micro_batches(rows: list[tuple], max_tokens: int, device: torch.device, pad_id: int = 0) -> Iterator[tuple]:
-    """Rows of (ids, mask, ...), lists of one length, as right-padded tensors: indices (n), ids (n, L), mask (n, L), ...
-
-    This rank's share, in the micro-batches of `micro_batch_rows`. What pads ids is of no consequence under a causal
-    model.
-    """
+    """This rank's rows of (ids, mask, ...), right-padded: indices (n), ids (n, L), mask (n, L), ..."""
     for batch in micro_batch_rows([len(row[0]) for row in rows], max_tokens):
         width = len(rows[batch[0]][0])
         ids, *others = zip(*(rows[i] for i in batch))
-        ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in ids], device=device)
+        ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in ids], device=device)  # causally never seen
         others = [[row + [0] * (width - len(row)) for row in column] for column in others]
         yield batch, ids, *(torch.tensor(column, dtype=torch.float32, device=device) for column in others)
 
 
 def pair_batches(pairs: list[tuple], max_tokens: int, device: torch.device) -> Iterator[tuple]:
-    """Pairs of (ids, mask) as right-padded tensors: indices (n), ids (2n, L), mask (2n, L), first the n chosen sides.
-
-    This rank's share, in the micro-batches of `micro_batch_rows`.
-    """
+    """This rank's pairs of (ids, mask), right-padded: indices (n), ids and mask (2n, L), the n chosen sides first."""
     widths = [max(len(ids) for ids, _ in pair) for pair in pairs]
     for batch in micro_batch_rows([2 * width for width in widths], max_tokens):
         width = widths[batch[0]]
@@ -929,70 +909,57 @@ def hub_is_out_of_reach() -> bool:
     return False
 
 
-def from_hub(loader, name: str, flag: str, new: tuple[str, ...] = (), **options):
-    """loader.from_pretrained of a local folder or Hub id. Ends the run, naming the flag, if that fails.
-
-    With `output_loading_info` among the options it also ends if weights are missing, but for those in `new`.
-    """
-    hints = {"runs/sft": "; `python sft.py` makes it", "runs/rm": "; `python rm.py` makes it"}
-    local, hint = Path(name).is_dir(), hints.get(name, "")
-    is_path = name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1
+def from_hub(loader, name: str, flag: str, **options):
+    """loader.from_pretrained of a local folder or Hub id. Ends the run, naming the flag, if that fails."""
+    local, is_path = Path(name).is_dir(), name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1
+    hint = f"; `python {name[5:]}.py` makes it" if name in ("runs/sft", "runs/rm") else ""
     require(local or not is_path, f"{flag} {name}: there is no such folder{hint}")
-    try:
-        loaded = loader.from_pretrained(name, local_files_only=local or hub_is_out_of_reach(), **options)
-    except Exception as error:  # whatever a missing or broken file makes the libraries raise
-        raise SystemExit(f"{flag} {name} cannot be loaded: {error}") from error
-    if "output_loading_info" in options:
-        missing = sorted(set(loaded[1]["missing_keys"]) - set(new))
-        require(not missing, f"{flag} {name} lacks weights, so they would be random: {missing[:5]}")
-        return loaded[0]
-    return loaded
-
-
-def require_window(config, what: str, num_tokens: int):
-    """Ends the run if `num_tokens` do not fit the model's window."""
-    window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
-    require(num_tokens <= window, f"{what} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
+    with end_on_error(f"{flag} {name} cannot be loaded"):
+        return loader.from_pretrained(name, local_files_only=local or hub_is_out_of_reach(), **options)
 
 
 def load_tokenizer(name: str, num_tokens: int):
-    """The tokenizer and the ids that end a completion: its EOS, the generation config's, the template's end of turn.
-
-    Ends the run if there is no EOS or if `num_tokens` do not fit the model's window.
-    """
+    """The tokenizer and the ids that end a completion: its EOS, the generation config's, the template's end of turn."""
     tokenizer = from_hub(transformers.AutoTokenizer, name, "--model")
-    config = from_hub(transformers.AutoConfig, name, "--model")
     require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no eos_token, so nothing could end")
-    require_window(config, f"--model {name}", num_tokens)
+    config = load_config(name, "--model", num_tokens)
     try:
         offline = Path(name).is_dir() or hub_is_out_of_reach()
         stops = transformers.GenerationConfig.from_pretrained(name, local_files_only=offline).eos_token_id
     except OSError:  # it has none
         stops = config.get_text_config().eos_token_id
     eos_ids = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "@answer@"}]
-        tail = render(tokenizer, turns).rpartition("@answer@")[2]
-        eos_ids |= set(tokenizer.encode(tail, add_special_tokens=False)[:1]) & set(tokenizer.added_tokens_decoder)
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "@answer@"}]
+    tail = render(tokenizer, turns).rpartition("@answer@")[2]  # empty without a template
+    eos_ids |= set(tokenizer.encode(tail, add_special_tokens=False)[:1]) & set(tokenizer.added_tokens_decoder)
     return tokenizer, sorted(eos_ids)
 
 
-def load_config(name: str, flag: str):
-    """The configuration of a model, without dropout: with it, sampling and training would see different models."""
+def load_config(name: str, flag: str, num_tokens: int = 0):
+    """The configuration of a model that holds `num_tokens`, without dropout: sampling and training see one model."""
     config = from_hub(transformers.AutoConfig, name, flag)
+    window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
+    require(num_tokens <= window, f"{flag} {name} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
     for part in (config, config.get_text_config()):
         for key in [key for key in part.to_dict() if key.endswith(("dropout", "pdrop"))]:
             setattr(part, key, 0.0)
     return config
 
 
+def load_weights(loader, name: str, flag: str, config, new: tuple[str, ...] = ()):
+    """A model in float32, whatever its folder holds. Ends the run if weights are missing there, but for those `new`."""
+    model, info = from_hub(loader, name, flag, config=config, dtype=torch.float32, output_loading_info=True)
+    missing = sorted(set(info["missing_keys"]) - set(new))
+    require(not missing, f"{flag} {name} lacks weights, so they would be random: {missing[:5]}")
+    return model
+
+
 def load_model(name: str, device: torch.device, gradient_checkpointing: bool = False, flag: str = "--model"):
-    """A causal language model in float32, whatever its folder holds, without dropout."""
+    """A causal language model, ready to train."""
     config = load_config(name, flag)
-    scores = any(x.endswith("ForSequenceClassification") for x in config.architectures or ())
+    scores = "ForSequenceClassification" in str(config.architectures)
     require(not scores, f"{flag} {name} is a reward model, not a language model")
-    options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
-    model = from_hub(transformers.AutoModelForCausalLM, name, flag, **options)
+    model = load_weights(transformers.AutoModelForCausalLM, name, flag, config)
     return prepare_model(model, device, gradient_checkpointing)
 
 
@@ -1063,15 +1030,11 @@ def gathered(state: dict) -> dict:
     return {name: found.get(id(x), x) for name, x in state.items()}
 
 
-def sharded_like(parameter: Tensor, state: dict) -> dict:
-    """An optimizer's state of one parameter, this rank's share of it: the inverse of `gathered`."""
-    if not isinstance(parameter, DTensor):
-        return state
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return {
-        name: distribute_tensor(x, mesh, placements, src_data_rank=None) if x.shape == parameter.shape else x
-        for name, x in state.items()
-    }  # without a source: every rank has read the whole and keeps its share
+def share_of(x: Tensor, parameter: Tensor) -> Tensor:
+    """Of an optimizer's state of a parameter, which every rank has read whole, this rank's share."""
+    if not isinstance(parameter, DTensor) or x.shape != parameter.shape:
+        return x
+    return distribute_tensor(x, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def read_dataset(name: str, split: str, flag: str, wanted: list[str]) -> list[dict]:
@@ -1081,7 +1044,7 @@ def read_dataset(name: str, split: str, flag: str, wanted: list[str]) -> list[di
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     file_format = formats.get(Path(name.removesuffix(".gz")).suffix)
     require(not file_format or Path(name).is_file(), f"{flag} {name}: there is no such file")
-    try:
+    with end_on_error(f"{flag} {name} cannot be read"):
         if not file_format:
             hub_name, config, chosen = (*name.split(":", 2), "", "")[:3]
             datasets.config.HF_HUB_OFFLINE |= hub_is_out_of_reach()
@@ -1089,8 +1052,6 @@ def read_dataset(name: str, split: str, flag: str, wanted: list[str]) -> list[di
         else:
             empty = Path(name).stat().st_size == 0
             rows = [] if empty else list(datasets.load_dataset(file_format, data_files=name, split="train"))
-    except Exception as error:  # whatever a missing or broken dataset makes the library raise
-        raise SystemExit(f"{flag} {name} cannot be read: {error}") from error
     require(len(rows) > 0, f"{flag} {name} holds no rows")
     found = [columns.split("+") for columns in wanted if set(columns.split("+")) <= set(rows[0])]
     require(found, f"{flag} {name} has the columns {', '.join(rows[0])}; this script needs {' or '.join(wanted)}")
@@ -1101,23 +1062,19 @@ def read_dataset(name: str, split: str, flag: str, wanted: list[str]) -> list[di
 
 def load_data(args: "Args", wanted: list[str]) -> tuple[list[dict], list[dict]]:
     """Training and evaluation rows: `eval_dataset`, else the Hub's test or validation split, else the last rows."""
-    rows, held_out = read_dataset(args.dataset, "train", "--dataset", wanted), []
-    if args.eval_dataset or args.dataset == "arithmetic":
-        held_out = read_dataset(args.eval_dataset or args.dataset, "test", "--eval-dataset", wanted)
-    elif not Path(args.dataset).is_file():
+    rows, eval_dataset = read_dataset(args.dataset, "train", "--dataset", wanted), args.eval_dataset
+    if not eval_dataset and args.dataset == "arithmetic":
+        eval_dataset = args.dataset
+    elif not eval_dataset and not Path(args.dataset).is_file():
         hub_name, config, chosen = (*args.dataset.split(":", 2), "", "")[:3]
-        try:
+        with end_on_error(f"--dataset {args.dataset}: its splits are unknown, so give --eval-dataset"):
             names = datasets.get_dataset_split_names(hub_name, config or None)
-        except Exception as error:  # whatever the library raises
-            raise SystemExit(
-                f"--dataset {args.dataset}: its splits are unknown: {error}; give --eval-dataset"
-            ) from error
-        for split in [name for name in ("test", "validation") if name in names and not chosen.startswith(name)][:1]:
-            held_out = read_dataset(f"{hub_name}:{config}:{split}", split, "--eval-dataset", wanted)
-    if not held_out:
-        require(args.eval_size < len(rows), f"--eval-size {args.eval_size} leaves no row of {len(rows)} to train on")
-        rows, held_out = rows[: -args.eval_size], rows[-args.eval_size :]
-    return rows, held_out[: args.eval_size]
+        splits = [name for name in ("test", "validation") if name in names and not chosen.startswith(name)]
+        eval_dataset = f"{hub_name}:{config}:{splits[0]}" if splits else None
+    if eval_dataset:
+        return rows, read_dataset(eval_dataset, "test", "--eval-dataset", wanted)[: args.eval_size]
+    require(args.eval_size < len(rows), f"--eval-size {args.eval_size} leaves no row of {len(rows)} to train on")
+    return rows[: -args.eval_size], rows[-args.eval_size :]
 
 
 def encode_rows(encode: Callable, rows: list[dict], max_length: int, flag: str) -> tuple[list[dict], list]:
@@ -1133,8 +1090,6 @@ def encode_rows(encode: Callable, rows: list[dict], max_length: int, flag: str) 
         if max(len(part[0] if isinstance(part, tuple) else part) for part in parts) <= max_length:
             kept.append(row)
             encoded.append(item)
-        if (i + 1) % 50_000 == 0:
-            print(f"encoded {i + 1:,} of {len(rows):,} rows", flush=True)
     require(len(kept) > 0, f"all {len(rows)} rows are longer than {flag} {max_length} (tokens): raise it")
     if len(kept) < len(rows):
         print(f"dropped {len(rows) - len(kept):,} of {len(rows):,} rows: longer than {flag} {max_length} (tokens)")
@@ -1176,50 +1131,49 @@ class Run:
     """
 
     free = ("resume", "overwrite", "track", "wandb_project", "sample_every", "save_every", "save_dtype", "out")
-    files = "metrics.jsonl samples.jsonl checkpoints wandb config.json generation_config.json model.safetensors"
-    files += (
-        " model.safetensors.index.json model-*-of-*.safetensors tokenizer.json tokenizer_config.json tokenizer.model"
-    )
-    files += " special_tokens_map.json added_tokens.json chat_template.jinja vocab.json vocab.txt merges.txt"
+    files = """metrics.jsonl samples.jsonl checkpoints wandb config.json generation_config.json chat_template.jinja
+        model.safetensors model.safetensors.index.json model-*-of-*.safetensors tokenizer.json tokenizer_config.json
+        tokenizer.model added_tokens.json vocab.json vocab.txt merges.txt"""
 
     def __init__(self, args: "Args"):
         """Decides between a new run and a resumed one and refuses what would lose something. Writes nothing."""
         self.args, self.out, self.settings = args, Path(args.out), json.loads(json.dumps(vars(args)))
-        self.step = self.first = 0  # the last step that is done; the one that this process begins after
-        self.checkpoint = None  # the folder to load from instead of --model
+        self.step, self.checkpoint = 0, None  # the step that this process begins after, and the folder to load it from
         self.rows, self.record = [], {}  # of metrics.jsonl; the content of args.json
         self.optimizers, self.state = {}, {}  # by name; what state.pt holds beside them
         self.loss = self.skipped = self.skipped_in_a_row = 0
         self.received = self.signal = 0  # the signal that came here; the one that all ranks know of
-        self.checked, self.wandb, self.clock = False, None, time.perf_counter()
-        read = [getattr(args, name, None) for name in ("model", "reference", "value_model")]
-        for folder in (*read, *getattr(args, "reward", ())):
-            path = Path(folder or "").resolve()
-            inside = folder and path.is_dir() and self.out.resolve() in (path, *path.parents)
+        self.checked, self.wandb, self.clock = False, None, 0.0
+        read = [getattr(args, name, None) or "" for name in ("model", "reference", "value_model")]
+        for folder in filter(os.path.isdir, (*read, *getattr(args, "reward", ()))):
+            inside = Path(folder).resolve().is_relative_to(self.out.resolve())
             require(not inside, f"--out {self.out} holds {folder}, which this run reads: choose another --out")
         require(not (args.resume and args.overwrite), "--resume goes on from a run, --overwrite removes it: give one")
         require(not self.out.is_file(), f"--out {self.out} is a file: name a folder")
-        try:
-            saved = self.out / "args.json"
-            self.record = json.loads(saved.read_text()) if saved.exists() else {}
-        except ValueError as error:
-            raise SystemExit(f"--out {self.out}: its args.json is broken ({error}): choose another --out") from error
-        ours = {"args", "resolved"} <= set(self.record)
         held = sorted(path.name for pattern in ("args.json " + self.files).split() for path in self.out.glob(pattern))
+        with end_on_error(f"--out {self.out}: its args.json is broken, so choose another --out"):
+            self.record = json.loads((self.out / "args.json").read_text()) if "args.json" in held else {}
+        ours = {"args", "resolved"} <= set(self.record)
         require(ours or not held, f"--out {self.out} holds {held}, which no run of ours wrote: choose another --out")
         may_go = not ours or args.resume or args.overwrite
         require(may_go, f"--out {self.out} holds a run: go on with --resume, or start anew with --overwrite")
         self.record = self.record if args.resume else {}
-        if self.record:
-            before = self.record["args"]
-            for name, value in self.settings.items():
-                free = name in self.free or (name in ("steps", "epochs") and args.lr_schedule == "constant")
-                flag = "--" + name.replace("_", "-")
-                same = free or value == before.get(name)
-                require(same, f"--resume: {flag} was {before.get(name)!r}; {value!r} would change the result")
-            for folder in (self.out / "checkpoints").glob("step-*[0-9]"):
-                if int(folder.name.removeprefix("step-")) > self.step:
-                    self.step, self.checkpoint = int(folder.name.removeprefix("step-")), str(folder)
+        for name, value in self.settings.items() if self.record else ():
+            free = name in self.free or (name in ("steps", "epochs") and args.lr_schedule == "constant")
+            before, flag = self.record["args"].get(name), "--" + name.replace("_", "-")
+            require(free or value == before, f"--resume: {flag} was {before!r}; {value!r} would change the result")
+        for folder in self.checkpoints() if self.record else ():  # the last one counts
+            self.step, self.checkpoint = int(folder.name.removeprefix("step-")), str(folder)
+
+    def checkpoints(self) -> list[Path]:
+        """The folders of the checkpoints that are whole, in the order of their steps."""
+        folders = (self.out / "checkpoints").glob("step-*[0-9]")
+        return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
+
+    def prune(self, keep: int):
+        """Removes all checkpoints but the last `keep`, so that a kill leaves each of them whole or not at all."""
+        for old in self.checkpoints()[::-1][keep:]:
+            shutil.rmtree(old.rename(old.with_suffix(".tmp")))
 
     def finished(self, steps: int) -> bool:
         """Whether there is nothing left to do; says so."""
@@ -1232,29 +1186,20 @@ class Run:
         """Makes the folder or, resuming, restores the optimizers and cuts the logs back to the checkpoint's step."""
         self.optimizers = optimizers
         if self.checkpoint:
-            try:
-                options = {
-                    "weights_only": True,
-                    "map_location": "cpu",
-                    "mmap": WORLD_SIZE > 1,
-                }  # a rank needs its share
-                self.state = torch.load(Path(self.checkpoint) / "state.pt", **options)
+            file, mmap = Path(self.checkpoint) / "state.pt", WORLD_SIZE > 1  # of several, a rank needs but its share
+            with end_on_error(f"--resume: {self.checkpoint} is broken; remove it to use the one before"):
+                self.state = torch.load(file, "cpu", weights_only=True, mmap=mmap)
                 for name, optimizer in optimizers.items():
                     saved, (group,) = self.state.pop(name), optimizer.param_groups
-                    moments = {i: sharded_like(group["params"][i], x) for i, x in saved["state"].items()}
-                    optimizer.load_state_dict(saved | {"state": moments})
+                    for i, moments in saved["state"].items():
+                        saved["state"][i] = {key: share_of(x, group["params"][i]) for key, x in moments.items()}
+                    optimizer.load_state_dict(saved)
                 self.skipped, self.skipped_in_a_row = self.state["skipped"], self.state["skipped_in_a_row"]
-            except Exception as error:  # whatever a broken file makes torch raise
-                raise SystemExit(
-                    f"--resume: {self.checkpoint} is broken: {error}; remove it to use the one before"
-                ) from error
         logs = {"metrics.jsonl": [], "samples.jsonl": []}
         for name in logs if self.checkpoint else ():
-            try:  # a kill may have torn what follows the last newline
-                rows = [json.loads(line) for line in (self.out / name).read_text().split("\n")[:-1]]
-                logs[name] = [row for row in rows if row["step"] <= self.step]
-            except (OSError, ValueError) as error:
-                raise SystemExit(f"--resume: {self.out / name} is broken: {error}") from error
+            with end_on_error(f"--resume: {self.out / name} is broken"):
+                lines = (self.out / name).read_text().split("\n")[:-1]  # a kill may have torn what follows the last one
+                logs[name] = [row for row in map(json.loads, lines) if row["step"] <= self.step]
         self.rows = logs["metrics.jsonl"]
         if WORLD_SIZE > 1:
             dist.barrier()  # all have read what the first rank now goes on to change
@@ -1263,29 +1208,24 @@ class Run:
         if __name__ == "__main__":  # a notebook keeps its own Ctrl-C
             signal.signal(signal.SIGINT, self.on_signal)
             signal.signal(signal.SIGTERM, self.on_signal)
-        self.first, self.clock = self.step, time.perf_counter()
+        self.clock = time.perf_counter()
 
     def open_folder(self, logs: dict[str, list[dict]], resolved: dict):
         """Makes the folder or clears it, and writes args.json and the logs up to the step that the run begins after."""
         if self.args.track:
-            try:
+            with end_on_error("--track needs wandb, pip install wandb"):
                 import wandb
-            except ImportError as error:
-                raise SystemExit("--track needs wandb: pip install wandb") from error
             self.wandb = wandb
         self.out.mkdir(parents=True, exist_ok=True)
-        checkpoints, removed = self.out / "checkpoints", self.out / "checkpoints.tmp"
-        shutil.rmtree(removed, ignore_errors=True)
-        if self.args.overwrite and (self.out / "args.json").exists():  # no kill may leave a mixture of two runs
-            old = json.loads((self.out / "args.json").read_text())
-            write_beside(self.out / "args.json", json.dumps(old | {"finished": None}))
-        if self.args.overwrite and checkpoints.exists():
-            checkpoints.rename(removed)
-        wandb_id = self.record.get("wandb_id") or uuid.uuid4().hex[:8]
+        file = self.out / "args.json"
+        if self.args.overwrite and file.exists():  # in an order in which no kill leaves a mixture of two runs
+            write_beside(file, json.dumps(json.loads(file.read_text()) | {"finished": None}))
+            self.prune(0)
+        wandb_id = self.record.get("wandb_id") or os.urandom(4).hex()
         self.record = {"args": self.settings, "resolved": resolved, "wandb_id": wandb_id}
-        write_beside(self.out / "args.json", json.dumps(self.record, indent=2))  # marks the folder as a run's
-        patterns = ["checkpoints.tmp", "checkpoints/*.tmp", *(self.files.split() if self.args.overwrite else [])]
-        for path in [path for pattern in patterns for path in self.out.glob(pattern)]:
+        write_beside(file, json.dumps(self.record, indent=2))  # marks the folder as a run's
+        patterns = self.files if self.args.overwrite else "checkpoints/*.tmp"
+        for path in [path for pattern in patterns.split() for path in self.out.glob(pattern)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for name, rows in logs.items():
             write_beside(self.out / name, "".join(json.dumps(row) + "\n" for row in rows))
@@ -1309,13 +1249,9 @@ class Run:
         for trained, tokens in itertools.groupby(range(end), key=actions[0].tolist().__getitem__):
             piece = tokenizer.decode(ids[0, list(tokens)])
             text += f"«{piece}»" if trained else piece
-        num_bos = 0 if tokenizer.bos_token_id is None else int((ids[0, :end] == tokenizer.bos_token_id).sum())
-        num_eos = int((actions & (ids == tokenizer.eos_token_id)).sum())
-        print(
-            f"first row, trained tokens in «», BOS {num_bos} times:\n{text}\nfirst micro-batch: {len(ids)} rows, ",
-            end="",
-        )
-        print(f"{ids.numel()} tokens with padding, {int(actions.sum())} trained, {num_eos} of them EOS")
+        num_bos, num_eos = ids[0, :end].tolist().count(tokenizer.bos_token_id), ids[actions] == tokenizer.eos_token_id
+        print(f"first row, trained tokens in «», BOS {num_bos} times:\n{text}\nfirst micro-batch: {len(ids)} rows,")
+        print(f"{ids.numel()} tokens with padding, {int(actions.sum())} trained, {int(num_eos.sum())} of them EOS")
         if "kl_ref_seq" in means.sums:
             print(f"KL to the reference {means.result()['kl_ref_seq']:.1e} per completion")
         if gap is not None:
@@ -1340,8 +1276,7 @@ class Run:
     def update(self, **rates: float) -> dict[str, float]:
         """Clips each model's gradient to max_grad_norm and steps each optimizer at the rate given under its name.
 
-        Returns loss and grad_norm (value_grad_norm for a `value_optimizer`). Skips what is not finite; ten in a row
-        end the run.
+        Returns loss, grad_norm (value_grad_norm for `value_optimizer`). Ten in a row that are not finite end the run.
         """
         metrics = {"loss": float(over_ranks(torch.as_tensor(self.loss)))}
         for name, lr in rates.items():
@@ -1372,17 +1307,16 @@ class Run:
         for name, rows in (("samples", [{"step": step, **sample} for sample in samples]), ("metrics", self.rows[-1:])):
             with open(self.out / f"{name}.jsonl", "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-        if step == self.first:  # the first evaluation says nothing of the time that a step takes
+        if step == self.step:  # the first evaluation says nothing of the time that a step takes
             self.clock = time.perf_counter()
         else:
-            left = (time.perf_counter() - self.clock) / (step - self.first) * (steps - step)
+            left = (time.perf_counter() - self.clock) / (step - self.step) * (steps - step)
             text = "  ".join(f"{x} {metrics[x]:.4g}" for x in shown.split() if metrics.get(x) is not None)
             speed = f"{metrics['time/tokens_per_s']:,.0f} tokens/s"
             print(f"step {step}/{steps}  {text}  {speed}  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
-        text = "  ".join(
-            f"{name[5:]} {x:.4g}" for name, x in metrics.items() if name.startswith("eval/") and x is not None
-        )
-        if text:
+        names = [x for x in metrics if x.startswith("eval/") and metrics[x] is not None]
+        if names:
+            text = "  ".join(f"{x.removeprefix('eval/')} {metrics[x]:.4g}" for x in names)
             print(f"evaluation at step {step}:  {text}", flush=True)
         if self.wandb:
             data = [[str(value) for value in sample.values()] for sample in samples]
@@ -1396,27 +1330,21 @@ class Run:
             model.save_pretrained(folder, state_dict={name: x.detach() for name, x in weights.items()})
             tokenizer.save_pretrained(folder)
 
-    def save(self, step: int, model, tokenizer, **others):
-        """checkpoints/step-N, the last two kept: a model folder with the optimizers' state. Exits if a signal came.
-
-        others: further models, each in a folder of its name, and tensors, which go into state.pt.
-        """
+    def save(self, step: int, model, tokenizer, value_model=None, **tensors):
+        """checkpoints/step-N, a model folder with the optimizers' state and `tensors`. Exits if a signal came."""
         folder = self.out / "checkpoints" / f"step-{step}"
         beside = folder.with_suffix(".tmp")
         self.write_model(beside, model, tokenizer)
-        state = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        if value_model is not None:
+            self.write_model(beside / "value_model", value_model, tokenizer)
+        state = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, **tensors}
         for name, optimizer in self.optimizers.items():
             saved = optimizer.state_dict()
             state[name] = saved | {"state": {i: gathered(moments) for i, moments in saved["state"].items()}}
-        for name, x in others.items():
-            if isinstance(x, torch.nn.Module):
-                self.write_model(beside / name, x, tokenizer)
-            else:
-                state[name] = x
         if RANK == 0:
             torch.save(state, beside / "state.pt")
             beside.rename(folder)
-            self.prune()
+            self.prune(2)
         if self.signal:
             print(f"stopped at step {step}: go on with --resume", flush=True)
             self.close()
@@ -1430,12 +1358,6 @@ class Run:
             dist.barrier()
             dist.destroy_process_group()
 
-    def prune(self):
-        """Keeps the last two checkpoints."""
-        folders = (self.out / "checkpoints").glob("step-*[0-9]")
-        for old in sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))[:-2]:
-            shutil.rmtree(old.rename(old.with_suffix(".tmp")))
-
     def finish(self, steps: int, model, tokenizer) -> dict[str, float]:
         """Writes the final model to `out`, config.json last, and returns the final metrics."""
         beside = self.out / "checkpoints" / "final.tmp"
@@ -1445,7 +1367,7 @@ class Run:
                 path.replace(self.out / path.name)
             beside.rmdir()
             write_beside(self.out / "args.json", json.dumps(self.record | {"finished": steps}, indent=2))
-            self.prune()
+            self.prune(2)
         self.close()
         print(f"wrote {self.out}")
         return self.summary()
@@ -1453,8 +1375,8 @@ class Run:
     def summary(self) -> dict[str, float]:
         """The last row of metrics.jsonl, and the first evaluation as before/..."""
         rows = self.rows or [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        before = {name: value for name, value in rows[0].items() if name.startswith("eval/")}
-        return {name.replace("eval/", "before/"): value for name, value in before.items()} | rows[-1]
+        before = {x.replace("eval/", "before/"): value for x, value in rows[0].items() if x.startswith("eval/")}
+        return before | rows[-1]
 
 
 def write_beside(path: Path, text: str):
