@@ -119,7 +119,7 @@ class Args:
     epochs: int = 1
     """Passes over the training rows."""
     steps: int | None = None
-    """Optimizer steps (rollouts, in an online script); default: the built-in run, or all epochs."""
+    """Optimizer steps; default: all `epochs`. Online: rollouts; default: 200 in grpo.py, 70 in ppo.py."""
     batch_size: int = 64
     """Rows per optimizer step."""  # paper: 64
     lr: float | None = None
@@ -416,15 +416,15 @@ def in_forward(function: Callable) -> Callable:
 
 @in_forward
 def token_logprobs(
-    model, ids: Tensor, mask: Tensor, temperature: float = 1.0, with_entropy: bool = True
+    model, ids: Tensor, mask: Tensor, temperature: float = 1.0, with_entropy: bool = True, entropy_grad: bool = True
 ) -> tuple[Tensor, Tensor]:
     """log pi(ids[n, t] | ids[n, :t]) and the entropy (nats) of that distribution where mask is 1, else 0.
 
     ids, mask: (N, L), right-padded; results: (N, L) float32, differentiable. The logits are divided by `temperature`.
     No attention mask: under a causal model, right padding is never seen. Only positions with mask 1 go through the
     output head, a chunk at a time and recomputed in the backward pass, so at most one (chunk, V) block of logits lives.
-    Without `with_entropy` the entropy is 0, which saves time under a large vocabulary. Raises ValueError if an action
-    stands at index 0, where nothing precedes it.
+    Without `with_entropy` the entropy is 0, without `entropy_grad` it has no gradient: both save time. Raises
+    ValueError if an action stands at index 0, where nothing precedes it.
     """
     if ids.shape != mask.shape or mask[:, 0].any():
         raise ValueError(f"ids {ids.shape} and mask {mask.shape} must agree, and no action may be the first token")
@@ -434,7 +434,7 @@ def token_logprobs(
     head = model.get_output_embeddings()
     chunk = max(1, 2**24 // head.weight.shape[0])  # 64 MiB of float32 logits
     results = [
-        checkpoint(head_logprobs, head, h, y, temperature, with_entropy, use_reentrant=False)
+        checkpoint(head_logprobs, head, h, y, temperature, with_entropy, entropy_grad, use_reentrant=False)
         for h, y in zip(hidden.split(chunk), targets.split(chunk))
     ]
     logprobs, entropy = torch.cat(results, 1)  # (num_actions,) each
@@ -442,13 +442,16 @@ def token_logprobs(
     return zeros.index_put((n, t), logprobs), zeros.index_put((n, t), entropy)
 
 
-def head_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool) -> Tensor:
+def head_logprobs(
+    head, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool, entropy_grad: bool
+) -> Tensor:
     """Log-probability of `targets` (M,) and entropy from `hidden` (M, D), in float32: (2, M).
 
     In one tensor, because a backward pass that reached only one of them would keep what it recomputed for the other.
     """
     logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (M, V)
     chosen = logprobs.gather(1, targets[:, None])[:, 0]
+    logprobs = logprobs if entropy_grad else logprobs.detach()
     entropy = -(logprobs.exp() * logprobs).sum(-1) if with_entropy else torch.zeros_like(chosen)
     return torch.stack([chosen, entropy])
 
@@ -547,8 +550,8 @@ def extract_answer(text: str) -> str | None:
 
 
 def normalise(answer: str) -> str | None:
-    """Drops spaces around it, `$`, commas, a trailing full stop and a trailing .0; None if nothing remains."""
-    answer = re.sub(r"\\?\$|,", "", answer).strip().removesuffix(".").strip()
+    """Drops spaces around it, `$`, thousands' commas, a closing full stop and a closing .0; None if nothing remains."""
+    answer = re.sub(r"\\?\$|(?<=\d),(?=\d{3}(?!\d))", "", answer).strip().removesuffix(".").strip()
     return re.sub(r"(?<=\d)\.0+$", "", answer) or None
 
 
@@ -587,7 +590,8 @@ def generate(
     tokens = torch.full((num_rows, max_new_tokens), -1, device=device)
     logprobs = torch.zeros(num_rows, max_new_tokens, device=device)
     precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    stops, uniforms = torch.tensor(eos_ids, dtype=torch.long, device=device), uniforms.to(device, precise)
+    uniforms = uniforms.clamp(max=1 - torch.finfo(precise).eps).to(device, precise)  # float32 would round some up to 1
+    stops = torch.tensor(eos_ids, dtype=torch.long, device=device)
     for t in range(max_new_tokens):
         step_logprobs = (logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # (rows left, V)
         if temperature:  # the first token whose cumulative probability exceeds the draw
@@ -622,6 +626,11 @@ def rollout(sampler, prompts, num_samples, temperature, eos_ids, uniforms, batch
     return from_all_ranks(completions), from_all_ranks(logprobs)
 
 
+def decode(tokenizer, completions: list[list[int]], eos_ids: list[int]) -> list[str]:
+    """The texts of completions without what ended them: not every stop token is a special one, which decoding skips."""
+    return tokenizer.batch_decode([x[:-1] if x[-1] in eos_ids else x for x in completions], skip_special_tokens=True)
+
+
 def evaluate(sampler, tokenizer, rows, prompts, reward_of, args, eos_ids) -> dict[str, float]:
     """Accuracy (where rows have an `answer`) and mean reward on held-out prompts, sampled at temperature 1 and greedy.
 
@@ -632,7 +641,7 @@ def evaluate(sampler, tokenizer, rows, prompts, reward_of, args, eos_ids) -> dic
     uniforms = draw_uniforms(0, "evaluation", 0, len(prompts), args.max_new_tokens)
     for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         completions, _ = rollout(sampler, prompts, 1, temperature, eos_ids, uniforms, args.rollout_batch_size)
-        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        texts = decode(tokenizer, completions, eos_ids)
         if None not in answers:
             metrics[f"eval/accuracy_{name}"] = sum(map(exact_match, texts, answers)) / len(rows)
             metrics[f"eval/answered_{name}"] = sum(extract_answer(text) is not None for text in texts) / len(rows)
@@ -670,7 +679,7 @@ def sample_rows(sampler, tokenizer, rows, data, args, eos_ids, step: int) -> lis
     prompts = [ids[: mask.index(1)] for ids, mask in data]
     completions, _ = rollout(sampler, prompts, 1, 1.0, eos_ids, uniforms, args.rollout_batch_size)
     samples = []
-    for row, prompt, text in zip(rows, prompts, tokenizer.batch_decode(completions, skip_special_tokens=True)):
+    for row, prompt, text in zip(rows, prompts, decode(tokenizer, completions, eos_ids)):
         reward = exact_match(text, row["answer"]) if row.get("answer") is not None else None
         samples.append({"prompt": tokenizer.decode(prompt), "completion": text, "reward": reward})
     return samples
@@ -1144,8 +1153,9 @@ class Run:
         self.loss = self.skipped = self.skipped_in_a_row = 0
         self.received = self.signal = 0  # the signal that came here; the one that all ranks know of
         self.checked, self.wandb, self.clock = False, None, 0.0
-        read = [getattr(args, name, None) or "" for name in ("model", "reference", "value_model")]
-        for folder in filter(os.path.isdir, (*read, *getattr(args, "reward", ()))):
+        inputs = ("model", "reference", "value_model", "dataset", "eval_dataset", "sft_dataset")
+        read = [getattr(args, name, None) or "" for name in inputs]
+        for folder in filter(os.path.exists, (*read, *getattr(args, "reward", ()))):
             inside = Path(folder).resolve().is_relative_to(self.out.resolve())
             require(not inside, f"--out {self.out} holds {folder}, which this run reads: choose another --out")
         require(not (args.resume and args.overwrite), "--resume goes on from a run, --overwrite removes it: give one")

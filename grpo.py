@@ -4,26 +4,26 @@
 # ///
 """GRPO: group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300, eq. 3 and 4).
 
-Maximise E[reward] - kl_coef * KL(policy || reference) without a value model: the baseline of a completion is the mean
-reward of the `group_size` completions of the same prompt. The loss that is minimised:
+Raise the reward, less a penalty on the KL to the reference, without a value model: the baseline of a completion is the
+mean reward of the `group_size` completions of the same prompt. The loss that is minimised:
 
     loss     = -1/num_sequences * sum_n 1/|y_n| * sum_t objective[n, t]               t over the actions, mask = 1
     objective = min(ratio * A_n, clip(ratio, 1 - clip_eps, 1 + clip_eps) * A_n) - kl_coef * k3
-    ratio    = exp(logprobs - old_logprobs)                                          exactly 1 in the first epoch
+    ratio    = exp(logprobs - old_logprobs)                 old: the first epoch's own, detached, so exactly 1 there
     A_n      = (reward_n - mean_group) / (std_group + 1e-4)                          std with ddof 1; 0 if all are equal
     k3       = exp(ref_logprobs - logprobs) - (ref_logprobs - logprobs) - 1          >= 0
 
 Each step:  (1) rollout: `prompts_per_step` prompts, `group_size` samples each, by temperature only
             (2) rewards, one number per completion        (3) advantages within each group
-            (4) `num_epochs` times: loss and gradient over token-budget micro-batches      (5) update
+            (4) `num_epochs` times: loss and gradient over micro-batches, rows of gradient 0 left out      (5) update
 
 Signal: one verifiable or learned reward per completion, spread evenly over its tokens.
 KL: k3 per token inside the loss. Over the policy's own samples its value estimates KL(policy || reference) without
-    bias, but its gradient is that of KL(reference || policy). The reference is the policy as it was loaded.
+    bias; its gradient, prefixes held fixed, is that of KL(reference || policy). Reference: the policy as it was loaded.
 Mask and normaliser: EOS is an action; each sequence is averaged over its own length, then over the sequences of the
     whole step. Short completions therefore weigh more per token; a token mean is another algorithm.
 Truncation: a completion cut at `max_new_tokens` keeps its reward, less `missing_eos_penalty`.
-As in the paper; where it is silent: ddof 1 and 1e-4 in the advantage, one update per rollout by default.
+As in the paper; where it is silent: ddof 1, 1e-4, one update per rollout by default.
 
 Run:  python sft.py && python grpo.py                                       a laptop CPU, five minutes in all
       python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k:main ...      one GPU, see README
@@ -36,7 +36,7 @@ Metrics (metrics.jsonl), and what healthy looks like:
   adv_abs_mean, grad_norm, lr, frac_trained    0 for the first two: no signal; share of completions that were computed
   sft_loss                nats per token of the mixed-in demonstrations, before `sft_coef`
   kl_ref_k1, kl_ref_k3    KL to the reference per token; kl_ref_seq: per completion, healthy below 10 to 15
-  approx_kl_old, clip_frac           the policy in the step's last epoch against the one that sampled; clip_frac < 0.3
+  approx_kl_old, clip_frac    the policy in the step's last epoch against the one that sampled: 0 with one epoch; < 0.3
   entropy                 of the distribution at `temperature`, over the completions trained; a steady fall is collapse
   completion_length, truncated_frac  tokens, EOS included; share cut at `max_new_tokens`
   sampling_gap_max, sampling_gap_mean    |sampling - training log-probability|: below 1e-3 in float32
@@ -111,7 +111,7 @@ class Args:
 
     # algorithm
     steps: int | None = None
-    """Optimizer steps (rollouts, in an online script); default: the built-in run, or all epochs."""
+    """Optimizer steps; default: all `epochs`. Online: rollouts; default: 200 in grpo.py, 70 in ppo.py."""
     prompts_per_step: int = 32
     """Prompts per rollout."""  # paper: 1024 / 64 = 16
     group_size: int = 8
@@ -195,7 +195,7 @@ class Args:
 
 
 def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """A = (r - mean) / (std + 1e-4) within each group of `group_size` neighbours. rewards, result: (N,). Eq. 3.
+    """A = (r - mean) / (std + 1e-4) within each group of `group_size` neighbours. rewards, result: (N,). Section 4.1.2.
 
     std has ddof 1. A group of equal rewards gets exactly 0: rounding in the mean would give up to 1e-3 instead.
     Raises ValueError if `group_size` is below 2 or does not divide N.
@@ -323,8 +323,8 @@ def extract_answer(text: str) -> str | None:
 
 
 def normalise(answer: str) -> str | None:
-    """Drops spaces around it, `$`, commas, a trailing full stop and a trailing .0; None if nothing remains."""
-    answer = re.sub(r"\\?\$|,", "", answer).strip().removesuffix(".").strip()
+    """Drops spaces around it, `$`, thousands' commas, a closing full stop and a closing .0; None if nothing remains."""
+    answer = re.sub(r"\\?\$|(?<=\d),(?=\d{3}(?!\d))", "", answer).strip().removesuffix(".").strip()
     return re.sub(r"(?<=\d)\.0+$", "", answer) or None
 
 
@@ -542,15 +542,15 @@ def in_forward(function: Callable) -> Callable:
 
 @in_forward
 def token_logprobs(
-    model, ids: Tensor, mask: Tensor, temperature: float = 1.0, with_entropy: bool = True
+    model, ids: Tensor, mask: Tensor, temperature: float = 1.0, with_entropy: bool = True, entropy_grad: bool = True
 ) -> tuple[Tensor, Tensor]:
     """log pi(ids[n, t] | ids[n, :t]) and the entropy (nats) of that distribution where mask is 1, else 0.
 
     ids, mask: (N, L), right-padded; results: (N, L) float32, differentiable. The logits are divided by `temperature`.
     No attention mask: under a causal model, right padding is never seen. Only positions with mask 1 go through the
     output head, a chunk at a time and recomputed in the backward pass, so at most one (chunk, V) block of logits lives.
-    Without `with_entropy` the entropy is 0, which saves time under a large vocabulary. Raises ValueError if an action
-    stands at index 0, where nothing precedes it.
+    Without `with_entropy` the entropy is 0, without `entropy_grad` it has no gradient: both save time. Raises
+    ValueError if an action stands at index 0, where nothing precedes it.
     """
     if ids.shape != mask.shape or mask[:, 0].any():
         raise ValueError(f"ids {ids.shape} and mask {mask.shape} must agree, and no action may be the first token")
@@ -560,7 +560,7 @@ def token_logprobs(
     head = model.get_output_embeddings()
     chunk = max(1, 2**24 // head.weight.shape[0])  # 64 MiB of float32 logits
     results = [
-        checkpoint(head_logprobs, head, h, y, temperature, with_entropy, use_reentrant=False)
+        checkpoint(head_logprobs, head, h, y, temperature, with_entropy, entropy_grad, use_reentrant=False)
         for h, y in zip(hidden.split(chunk), targets.split(chunk))
     ]
     logprobs, entropy = torch.cat(results, 1)  # (num_actions,) each
@@ -568,13 +568,16 @@ def token_logprobs(
     return zeros.index_put((n, t), logprobs), zeros.index_put((n, t), entropy)
 
 
-def head_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool) -> Tensor:
+def head_logprobs(
+    head, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool, entropy_grad: bool
+) -> Tensor:
     """Log-probability of `targets` (M,) and entropy from `hidden` (M, D), in float32: (2, M).
 
     In one tensor, because a backward pass that reached only one of them would keep what it recomputed for the other.
     """
     logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (M, V)
     chosen = logprobs.gather(1, targets[:, None])[:, 0]
+    logprobs = logprobs if entropy_grad else logprobs.detach()
     entropy = -(logprobs.exp() * logprobs).sum(-1) if with_entropy else torch.zeros_like(chosen)
     return torch.stack([chosen, entropy])
 
@@ -610,7 +613,8 @@ def generate(
     tokens = torch.full((num_rows, max_new_tokens), -1, device=device)
     logprobs = torch.zeros(num_rows, max_new_tokens, device=device)
     precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    stops, uniforms = torch.tensor(eos_ids, dtype=torch.long, device=device), uniforms.to(device, precise)
+    uniforms = uniforms.clamp(max=1 - torch.finfo(precise).eps).to(device, precise)  # float32 would round some up to 1
+    stops = torch.tensor(eos_ids, dtype=torch.long, device=device)
     for t in range(max_new_tokens):
         step_logprobs = (logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # (rows left, V)
         if temperature:  # the first token whose cumulative probability exceeds the draw
@@ -645,6 +649,11 @@ def rollout(sampler, prompts, num_samples, temperature, eos_ids, uniforms, batch
     return from_all_ranks(completions), from_all_ranks(logprobs)
 
 
+def decode(tokenizer, completions: list[list[int]], eos_ids: list[int]) -> list[str]:
+    """The texts of completions without what ended them: not every stop token is a special one, which decoding skips."""
+    return tokenizer.batch_decode([x[:-1] if x[-1] in eos_ids else x for x in completions], skip_special_tokens=True)
+
+
 def evaluate(sampler, tokenizer, rows, prompts, reward_of, args, eos_ids) -> dict[str, float]:
     """Accuracy (where rows have an `answer`) and mean reward on held-out prompts, sampled at temperature 1 and greedy.
 
@@ -655,7 +664,7 @@ def evaluate(sampler, tokenizer, rows, prompts, reward_of, args, eos_ids) -> dic
     uniforms = draw_uniforms(0, "evaluation", 0, len(prompts), args.max_new_tokens)
     for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         completions, _ = rollout(sampler, prompts, 1, temperature, eos_ids, uniforms, args.rollout_batch_size)
-        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        texts = decode(tokenizer, completions, eos_ids)
         if None not in answers:
             metrics[f"eval/accuracy_{name}"] = sum(map(exact_match, texts, answers)) / len(rows)
             metrics[f"eval/answered_{name}"] = sum(extract_answer(text) is not None for text in texts) / len(rows)
@@ -716,7 +725,7 @@ def main(args: Args) -> dict[str, float]:
 
         # (2) rewards
         rows = [train_rows[i] for i in chosen for _ in range(G)]
-        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        texts = decode(tokenizer, completions, eos_ids)
         rewards, by_name = reward_of([prompt_of(row) for row in rows], texts, rows)  # (N,)
         truncated = torch.tensor([float(completion[-1] not in eos_ids) for completion in completions])  # (N,)
         rewards = rewards - args.missing_eos_penalty * truncated
@@ -747,7 +756,9 @@ def main(args: Args) -> dict[str, float]:
             epoch_means = Means()
             for k, (indices, ids, mask, sampled) in enumerate(batches):
                 with autocast(device):
-                    logprobs, entropy = token_logprobs(policy, ids, mask, args.temperature)  # (n, L)
+                    logprobs, entropy = token_logprobs(
+                        policy, ids, mask, args.temperature, entropy_grad=args.entropy_coef > 0
+                    )  # (n, L) each
                 gap, ref = (logprobs - sampled).abs(), ref_logprobs[k]
                 if epoch == 0:  # the policy is still the one that sampled: these are the old log-probabilities
                     old_logprobs.append(logprobs.detach())
@@ -755,13 +766,13 @@ def main(args: Args) -> dict[str, float]:
                 if epoch == 0 and reference is not None:
                     step_means.add(mask, kl_ref_k1=logprobs - ref, kl_ref_k3=kl_k3(logprobs, ref))
                     step_means.add(kl_ref_seq=((logprobs - ref) * mask).sum(1))
-                old, advantage = old_logprobs[k], advantages[[trained[i] for i in indices]].to(device)  # (n, L), (n,)
-                weights = None
+                old, weights = old_logprobs[k], None  # (n, L)
+                advantage = advantages[[trained[i] for i in indices]].to(device)  # (n,)
                 if args.is_cap:  # sampling was not quite the policy's: weigh each token by their ratio
                     weights = (old - sampled).exp().clamp(max=args.is_cap)  # (n, L)
                     step_means.add(mask, is_weight=weights)
                 outside = ((logprobs - old).exp() - 1).abs() > args.clip_eps
-                epoch_means.add(mask, clip_frac=outside, approx_kl_old=kl_k3(old, logprobs))
+                epoch_means.add(mask, clip_frac=outside, approx_kl_old=kl_k3(old, logprobs))  # sampled from old
                 loss = grpo_loss(logprobs, old, ref, advantage, mask, args.clip_eps, args.kl_coef, B * G, weights)
                 if args.entropy_coef:  # averaged like the objective
                     loss = loss - args.entropy_coef * ((entropy * mask).sum(1) / mask.sum(1)).sum() / (B * G)
@@ -1185,8 +1196,9 @@ class Run:
         self.loss = self.skipped = self.skipped_in_a_row = 0
         self.received = self.signal = 0  # the signal that came here; the one that all ranks know of
         self.checked, self.wandb, self.clock = False, None, 0.0
-        read = [getattr(args, name, None) or "" for name in ("model", "reference", "value_model")]
-        for folder in filter(os.path.isdir, (*read, *getattr(args, "reward", ()))):
+        inputs = ("model", "reference", "value_model", "dataset", "eval_dataset", "sft_dataset")
+        read = [getattr(args, name, None) or "" for name in inputs]
+        for folder in filter(os.path.exists, (*read, *getattr(args, "reward", ()))):
             inside = Path(folder).resolve().is_relative_to(self.out.resolve())
             require(not inside, f"--out {self.out} holds {folder}, which this run reads: choose another --out")
         require(not (args.resume and args.overwrite), "--resume goes on from a run, --overwrite removes it: give one")

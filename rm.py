@@ -108,7 +108,7 @@ class Args:
     epochs: int = 1
     """Passes over the training rows."""  # paper: 1
     steps: int | None = None
-    """Optimizer steps (rollouts, in an online script); default: the built-in run, or all epochs."""
+    """Optimizer steps; default: all `epochs`. Online: rollouts; default: 200 in grpo.py, 70 in ppo.py."""
     batch_size: int = 32
     """Rows per optimizer step."""  # paper: 64
     lr: float | None = None
@@ -860,8 +860,9 @@ class Run:
         self.loss = self.skipped = self.skipped_in_a_row = 0
         self.received = self.signal = 0  # the signal that came here; the one that all ranks know of
         self.checked, self.wandb, self.clock = False, None, 0.0
-        read = [getattr(args, name, None) or "" for name in ("model", "reference", "value_model")]
-        for folder in filter(os.path.isdir, (*read, *getattr(args, "reward", ()))):
+        inputs = ("model", "reference", "value_model", "dataset", "eval_dataset", "sft_dataset")
+        read = [getattr(args, name, None) or "" for name in inputs]
+        for folder in filter(os.path.exists, (*read, *getattr(args, "reward", ()))):
             inside = Path(folder).resolve().is_relative_to(self.out.resolve())
             require(not inside, f"--out {self.out} holds {folder}, which this run reads: choose another --out")
         require(not (args.resume and args.overwrite), "--resume goes on from a run, --overwrite removes it: give one")

@@ -749,7 +749,7 @@ def part_seconds(settings: ppo.Args) -> dict[str, list[float]]:
         sampling = (sampler, prompts, settings.group_size, 1.0, eos_ids, draws, settings.rollout_batch_size)
         completions, _ = timed("rollout", functools.partial(ppo.rollout, *sampling))
         asked, prompts = ([x for x in xs for _ in range(settings.group_size)] for xs in (asked, prompts))
-        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        texts = ppo.decode(tokenizer, completions, eos_ids)
         questions = [row["prompt"] for row in asked]
         timed("reward model, forward", functools.partial(reward, questions, texts, asked))
         sequences = [(p + c, [0] * len(p) + [1] * len(c)) for p, c in zip(prompts, completions)]

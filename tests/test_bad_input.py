@@ -872,6 +872,16 @@ def test_a_checkpoint_inside_the_output_folder_is_not_overwritten_while_it_is_re
     refused(name, wanted, "--out")
 
 
+@ALL
+def test_data_inside_the_output_folder_is_not_removed(name, data, tiny_folder, unfinished):
+    """--overwrite would remove the samples of the run before, from which --dataset reads."""
+    folder = unfinished("sft")[1]
+    own = shutil.copy(data / "good.jsonl", folder / "samples.jsonl")
+    for flag in ("dataset", "eval_dataset"):
+        wanted = {**settings(name, data, tiny_folder, folder, overwrite=True), flag: str(own)}
+        refused(name, wanted, "--out", "reads")
+
+
 @pytest.mark.parametrize(
     ("name", "flag"), [("grpo", "reward"), ("ppo", "reward"), ("ppo", "value_model"), ("dpo", "reference")]
 )

@@ -45,6 +45,10 @@ EXTRACTED = [
     ("#### $1,000.00.", "1000"),
     ("#### -3", "-3"),
     ("#### -$1,200.0", "-1200"),
+    ("#### 1,234,567", "1234567"),
+    ("#### 1,2", "1,2"),  # two numbers, or a decimal comma: not 12
+    ("#### (3, 4)", "(3, 4)"),
+    ("#### 1,2345", "1,2345"),
     ("#### 1\n#### 2\n#### 3", "3"),
     ("#### 1 #### 2", "2"),
     ("\\boxed{12}", "12"),
@@ -78,6 +82,15 @@ def test_extract_answer(script, text, answer):
     assert script.extract_answer(text) == answer
 
 
+def test_a_stop_token_that_is_not_special_is_no_part_of_the_text():
+    """Decoding skips special tokens alone: `#### 5` must not become `#### 5x` because x ends the completion."""
+    tokenizer = sft.tiny_tokenizer()
+    x, answer = tokenizer.encode("x"), tokenizer.encode("#### 5")
+    completions = [answer + x, [*answer, tokenizer.eos_token_id], answer]
+    assert grpo.decode(tokenizer, completions, [*x, tokenizer.eos_token_id]) == ["#### 5"] * 3
+    assert grpo.decode(tokenizer, [answer + x], [tokenizer.eos_token_id]) == ["#### 5x"]
+
+
 def test_normalise_drops_a_space_in_front_of_the_full_stop():
     """No space is left at either end: `5 .` is 5."""
     assert grpo.normalise(" 5 . ") == "5"
@@ -96,6 +109,7 @@ MATCHES = [
     ("#### -5", "5", 0.0),
     ("#### 5", "-5", 0.0),
     ("#### 420", "42", 0.0),
+    ("#### 1,2", "12", 0.0),
     ("#### 4.2", "42", 0.0),
     ("42", "42", 0.0),  # no answer line
     ("#### 1\n#### 42", "42", 1.0),

@@ -108,6 +108,18 @@ def test_logprobs_and_entropy_are_those_of_the_models_logits(family, temperature
         assert_equal_gradients(gradient_of((x * logprobs + y * entropy).sum(), model), expected_gradient)
 
 
+def test_an_entropy_without_gradient_leaves_values_and_the_other_gradient_as_they_are():
+    """With `entropy_grad` off the sum of both has exactly the gradient of the log-probabilities alone."""
+    model = random_model("qwen3")
+    ids, mask, _ = ragged_batch()
+    weights = weights_of(mask, 1)
+    logprobs, entropy = grpo.token_logprobs(model, ids, mask)
+    alone = gradient_of((weights * logprobs).sum(), model)
+    same_logprobs, same_entropy = grpo.token_logprobs(model, ids, mask, entropy_grad=False)
+    assert torch.equal(same_logprobs, logprobs) and torch.equal(same_entropy, entropy)
+    assert_equal_gradients(gradient_of((weights * same_logprobs + same_entropy).sum(), model), alone)
+
+
 def test_temperature_changes_the_logprobs():
     """Dividing the logits is not the same as dividing the log-probabilities: the results are normalised anew."""
     model = random_model("qwen3")
