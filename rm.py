@@ -960,9 +960,10 @@ class Run:
         for trained, tokens in itertools.groupby(range(end), key=actions[0].tolist().__getitem__):
             piece = tokenizer.decode(ids[0, list(tokens)])
             text += f"«{piece}»" if trained else piece
-        num_bos, num_eos = ids[0, :end].tolist().count(tokenizer.bos_token_id), ids[actions] == tokenizer.eos_token_id
-        print(f"first row, trained tokens in «», BOS {num_bos} times:\n{text}\nfirst micro-batch: {len(ids)} rows,")
-        print(f"{ids.numel()} tokens with padding, {int(actions.sum())} trained, {int(num_eos.sum())} of them EOS")
+        num_bos, targets = ids[0, :end].tolist().count(tokenizer.bos_token_id), ids[actions].tolist()
+        counts = f"{len(targets)} trained, {targets.count(tokenizer.eos_token_id)} of them EOS"
+        print(f"first row, trained tokens in «», BOS {num_bos} times:\n{text}")
+        print(f"first micro-batch: {len(ids)} rows, {ids.numel()} tokens with padding, {counts}")
 
     def backward(self, loss: Tensor):
         """Adds to the gradient. The losses of a step's micro-batches, on all ranks, add up to the loss of the step."""
