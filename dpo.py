@@ -744,8 +744,8 @@ def main(args: Args) -> dict[str, float]:
             losses, chosen, rejected = dpo_loss(*logps, *ref, beta, args.label_smoothing)  # (n,) each
             run.backward(losses.sum() / args.batch_size)
             means.add(**preference_metrics(logps, chosen, rejected))
-            if not run.checked:
-                run.check_first_batch(tokenizer, ids, mask, None, means)
+            if not run.shown:
+                run.show_first_batch(tokenizer, ids, mask)
 
         # (3) update
         lr = learning_rate(args, step, steps, peak_lr)
@@ -848,11 +848,9 @@ def draw_uniforms(seed: int, purpose: str, step: int, num_rows: int, length: int
 
 def shuffled_indices(num_rows: int, seed: int, purpose: str, step: int, count: int) -> list[int]:
     """The `count` rows of step 1, 2, ...: slices of an endless stream of epochs, each shuffled anew."""
-    first, indices = (step - 1) * count, []
-    for epoch in range(first // num_rows, (first + count - 1) // num_rows + 1):
-        order = torch.randperm(num_rows, generator=seeded(seed, purpose, epoch))
-        indices += order[max(0, first - epoch * num_rows) : first + count - epoch * num_rows].tolist()
-    return indices
+    epoch, first = divmod((step - 1) * count, num_rows)
+    epochs = (torch.randperm(num_rows, generator=seeded(seed, purpose, k)).tolist() for k in itertools.count(epoch))
+    return list(itertools.islice(itertools.chain.from_iterable(epochs), first, first + count))
 
 
 def micro_batch_rows(widths: list[int], max_tokens: int) -> list[list[int]]:
@@ -1126,11 +1124,8 @@ class Means:
     def result(self) -> dict[str, float]:
         """The means over all ranks, and the maxima."""
         here = torch.tensor([[self.sums[name], self.counts[name]] for name in self.sums], dtype=torch.float64)
-        totals, largest = over_ranks(here), over_ranks(here, dist.ReduceOp.MAX)
-        return {
-            name: (largest[i, 0] if name.endswith("_max") else totals[i, 0] / totals[i, 1]).item()
-            for i, name in enumerate(self.sums)
-        }
+        rows = zip(self.sums, over_ranks(here), over_ranks(here, dist.ReduceOp.MAX))
+        return {name: (top[0] if name.endswith("_max") else total[0] / total[1]).item() for name, total, top in rows}
 
 
 class Run:
@@ -1152,7 +1147,7 @@ class Run:
         self.optimizers, self.state = {}, {}  # by name; what state.pt holds beside them
         self.loss = self.skipped = self.skipped_in_a_row = 0
         self.received = self.signal = 0  # the signal that came here; the one that all ranks know of
-        self.checked, self.wandb, self.clock = False, None, 0.0
+        self.shown, self.wandb, self.clock = False, None, 0.0
         inputs = ("model", "reference", "value_model", "dataset", "eval_dataset", "sft_dataset")
         read = [getattr(args, name, None) or "" for name in inputs]
         for folder in filter(os.path.exists, (*read, *getattr(args, "reward", ()))):
@@ -1167,12 +1162,14 @@ class Run:
         require(ours or not held, f"--out {self.out} holds {held}, which no run of ours wrote: choose another --out")
         may_go = not ours or args.resume or args.overwrite
         require(may_go, f"--out {self.out} holds a run: go on with --resume, or start anew with --overwrite")
-        self.record = self.record if args.resume else {}
-        for name, value in self.settings.items() if self.record else ():
+        if not args.resume or not ours:
+            self.record = {}
+            return
+        for name, value in self.settings.items():
             free = name in self.free or (name in ("steps", "epochs") and args.lr_schedule == "constant")
             before, flag = self.record["args"].get(name), "--" + name.replace("_", "-")
             require(free or value == before, f"--resume: {flag} was {before!r}; {value!r} would change the result")
-        for folder in self.checkpoints() if self.record else ():  # the last one counts
+        for folder in self.checkpoints():  # the last one counts
             self.step, self.checkpoint = int(folder.name.removeprefix("step-")), str(folder)
 
     def checkpoints(self) -> list[Path]:
@@ -1196,10 +1193,9 @@ class Run:
         """Makes the folder or, resuming, restores the optimizers and cuts the logs back to the checkpoint's step."""
         self.optimizers = optimizers
         if self.checkpoint:
-            file, mmap = Path(self.checkpoint) / "state.pt", WORLD_SIZE > 1  # of several, a rank needs but its share
             with end_on_error(f"--resume: {self.checkpoint} is broken; remove it to use the one before"):
-                self.state = torch.load(file, "cpu", weights_only=True, mmap=mmap)
-                for name, optimizer in optimizers.items():
+                self.state = torch.load(f"{self.checkpoint}/state.pt", "cpu", weights_only=True, mmap=WORLD_SIZE > 1)
+                for name, optimizer in optimizers.items():  # of which a rank needs but its share
                     saved, (group,) = self.state.pop(name), optimizer.param_groups
                     for i, moments in saved["state"].items():
                         saved["state"][i] = {key: share_of(x, group["params"][i]) for key, x in moments.items()}
@@ -1252,25 +1248,17 @@ class Run:
         self.received = number
         print("stopping after this step; once more to stop at once", flush=True)
 
-    def check_first_batch(self, tokenizer, ids: Tensor, mask: Tensor, gap: Tensor | None, means: Means):
-        """Shows what is trained. Ends the run if sampling and training log-probabilities differ by `gap` (n, L)."""
-        self.checked, actions, text = True, mask.bool(), ""
+    def show_first_batch(self, tokenizer, ids: Tensor, mask: Tensor):
+        """Shows what is trained: the first row as text, and counts of tokens."""
+        self.shown, actions, text = True, mask.bool(), ""
         end = int(actions[0].nonzero()[-1]) + 1
         for trained, tokens in itertools.groupby(range(end), key=actions[0].tolist().__getitem__):
             piece = tokenizer.decode(ids[0, list(tokens)])
             text += f"«{piece}»" if trained else piece
-        num_bos, num_eos = ids[0, :end].tolist().count(tokenizer.bos_token_id), ids[actions] == tokenizer.eos_token_id
-        print(f"first row, trained tokens in «», BOS {num_bos} times:\n{text}\nfirst micro-batch: {len(ids)} rows,")
-        print(f"{ids.numel()} tokens with padding, {int(actions.sum())} trained, {int(num_eos.sum())} of them EOS")
-        if "kl_ref_seq" in means.sums:
-            print(f"KL to the reference {means.result()['kl_ref_seq']:.1e} per completion")
-        if gap is not None:
-            mean, largest = masked_mean(gap, mask).item(), (gap * mask).max().item()
-            print(f"|sampling - training log-probability|: mean {mean:.1e}, max {largest:.1e}")
-            exact = largest < 1e-3 or ids.device.type == "cuda"
-            require(exact, "sampling and training differ by more than 1e-3: this model's cached decoding is not exact")
-            if mean > 0.02:
-                print("warning: sampling and training log-probabilities differ by more than 0.02 on average")
+        num_bos, targets = ids[0, :end].tolist().count(tokenizer.bos_token_id), ids[actions].tolist()
+        counts = f"{len(targets)} trained, {targets.count(tokenizer.eos_token_id)} of them EOS"
+        print(f"first row, trained tokens in «», BOS {num_bos} times:\n{text}")
+        print(f"first micro-batch: {len(ids)} rows, {ids.numel()} tokens with padding, {counts}")
 
     def backward(self, loss: Tensor):
         """Adds to the gradient. The losses of a step's micro-batches, on all ranks, add up to the loss of the step."""
@@ -1324,10 +1312,9 @@ class Run:
             text = "  ".join(f"{x} {metrics[x]:.4g}" for x in shown.split() if metrics.get(x) is not None)
             speed = f"{metrics['time/tokens_per_s']:,.0f} tokens/s"
             print(f"step {step}/{steps}  {text}  {speed}  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
-        names = [x for x in metrics if x.startswith("eval/") and metrics[x] is not None]
-        if names:
-            text = "  ".join(f"{x.removeprefix('eval/')} {metrics[x]:.4g}" for x in names)
-            print(f"evaluation at step {step}:  {text}", flush=True)
+        evaluated = [f"{x[5:]} {metrics[x]:.4g}" for x in metrics if x.startswith("eval/") and metrics[x] is not None]
+        if evaluated:
+            print(f"evaluation at step {step}:  {'  '.join(evaluated)}", flush=True)
         if self.wandb:
             data = [[str(value) for value in sample.values()] for sample in samples]
             table = {"samples": self.wandb.Table(list(samples[0]), data)} if samples else {}
