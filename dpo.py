@@ -369,7 +369,7 @@ def select_pairs(rows: list[dict], chat: bool, flag: str) -> list[dict]:
             equal = pair and pair["chosen"] == pair["rejected"]
             empty = pair and not (pair["chosen"].strip() and pair["rejected"].strip())
         except (ValueError, TypeError, LookupError, AttributeError) as error:  # what a malformed row makes it raise
-            raise SystemExit(f"{flag}: row {i}: `chosen`, `rejected` are no pair: {error!r}; it is {row}") from error
+            raise SystemExit(f"{flag}: the sides of row {i} are no pair: {error!r}; the row is {row}") from error
         for reason, found in zip(dropped, (equal, pair is None, empty and not equal)):
             dropped[reason] += bool(found)
         if pair is None or equal or empty:
@@ -608,7 +608,9 @@ def generate(
             cache.batch_select_indices(left)
             unfinished, token, seen, position = unfinished[left], token[left], seen[left], position[left]
         seen, position = torch.cat([seen, seen.new_ones(len(seen), 1)], 1), position + 1
-        logits = model(token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True).logits
+        logits = model(
+            input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True
+        ).logits
     model.train(was_training)
     lengths, tokens, logprobs = (tokens >= 0).sum(1).tolist(), tokens.tolist(), logprobs.tolist()
     return [x[:k] for x, k in zip(tokens, lengths)], [x[:k] for x, k in zip(logprobs, lengths)]

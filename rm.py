@@ -324,7 +324,7 @@ def select_pairs(rows: list[dict], chat: bool, flag: str) -> list[dict]:
             equal = pair and pair["chosen"] == pair["rejected"]
             empty = pair and not (pair["chosen"].strip() and pair["rejected"].strip())
         except (ValueError, TypeError, LookupError, AttributeError) as error:  # what a malformed row makes it raise
-            raise SystemExit(f"{flag}: row {i}: `chosen`, `rejected` are no pair: {error!r}; it is {row}") from error
+            raise SystemExit(f"{flag}: the sides of row {i} are no pair: {error!r}; the row is {row}") from error
         for reason, found in zip(dropped, (equal, pair is None, empty and not equal)):
             dropped[reason] += bool(found)
         if pair is None or equal or empty:

@@ -436,7 +436,9 @@ def generate(
             cache.batch_select_indices(left)
             unfinished, token, seen, position = unfinished[left], token[left], seen[left], position[left]
         seen, position = torch.cat([seen, seen.new_ones(len(seen), 1)], 1), position + 1
-        logits = model(token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True).logits
+        logits = model(
+            input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True
+        ).logits
     model.train(was_training)
     lengths, tokens, logprobs = (tokens >= 0).sum(1).tolist(), tokens.tolist(), logprobs.tolist()
     return [x[:k] for x, k in zip(tokens, lengths)], [x[:k] for x, k in zip(logprobs, lengths)]
