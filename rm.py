@@ -64,7 +64,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -375,8 +375,7 @@ def load_scorer(
     """
     config = load_config(name, flag)
     is_scorer = "ForSequenceClassification" in str(config.architectures)
-    labels = config.num_labels if is_scorer else 1
-    require(labels == 1, f"{flag} {name} has {labels} labels; a reward model has one")
+    require(not is_scorer or config.num_labels == 1, f"{flag} {name} has {config.num_labels} labels instead of one")
     config.num_labels, new = 1, () if is_scorer else ("score.weight",)
     model = load_weights(transformers.AutoModelForSequenceClassification, name, flag, config, new)
     head = getattr(model, "score", None)
@@ -676,11 +675,9 @@ def load_tokenizer(name: str, num_tokens: int):
     tokenizer = from_hub(transformers.AutoTokenizer, name, "--model")
     require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no eos_token, so nothing could end")
     config = load_config(name, "--model", num_tokens)
-    try:
-        offline = Path(name).is_dir() or hub_is_out_of_reach()
+    stops, offline = config.get_text_config().eos_token_id, Path(name).is_dir() or hub_is_out_of_reach()
+    with suppress(OSError):  # there may be no generation config
         stops = transformers.GenerationConfig.from_pretrained(name, local_files_only=offline).eos_token_id
-    except OSError:  # it has none
-        stops = config.get_text_config().eos_token_id
     eos_ids = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "@answer@"}]
     tail = render(tokenizer, turns).rpartition("@answer@")[2]  # empty without a template
@@ -865,8 +862,7 @@ class Run:
             self.record = json.loads((self.out / "args.json").read_text()) if "args.json" in held else {}
         ours = {"args", "resolved"} <= set(self.record)
         require(ours or not held, f"--out {self.out} holds {held}, which no run of ours wrote: choose another --out")
-        may_go = not ours or args.resume or args.overwrite
-        require(may_go, f"--out {self.out} holds a run: go on with --resume, or start anew with --overwrite")
+        require(not ours or args.resume or args.overwrite, f"--out {self.out} holds a run: --resume or --overwrite it")
         if not args.resume or not ours:
             self.record = {}
             return
@@ -931,7 +927,7 @@ class Run:
         file = self.out / "args.json"
         if self.args.overwrite and file.exists():  # in an order in which no kill leaves a mixture of two runs
             write_beside(file, json.dumps(json.loads(file.read_text()) | {"finished": None}))
-            self.prune(0)
+        self.prune(0 if self.args.overwrite else 2)
         wandb_id = self.record.get("wandb_id") or os.urandom(4).hex()
         self.record = {"args": self.settings, "resolved": resolved, "wandb_id": wandb_id}
         write_beside(file, json.dumps(self.record, indent=2))  # marks the folder as a run's
@@ -1069,7 +1065,6 @@ class Run:
                 path.replace(self.out / path.name)
             beside.rmdir()
             write_beside(self.out / "args.json", json.dumps(self.record | {"finished": steps}, indent=2))
-            self.prune(2)
         self.close()
         print(f"wrote {self.out}")
         return self.summary()
