@@ -667,9 +667,7 @@ def value_source(args: Args, tokenizer, num_tokens: int) -> tuple[str, str]:
     return name, flag
 
 
-def load_scorer(
-    name: str, device: torch.device, gradient_checkpointing: bool, flag: str, head_scale: float, seed: int = 0
-):
+def load_scorer(name: str, device, gradient_checkpointing: bool, flag: str, head_scale: float, seed: int = 0):
     """A model with one scalar head `score` without bias, in float32, without dropout.
 
     A reward model's folder is loaded as it is; a language model gets a new head, N(0, head_scale^2 / (D + 1)) in
@@ -1170,8 +1168,7 @@ def load_config(name: str, flag: str, num_tokens: int = 0):
     window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
     require(num_tokens <= window, f"{flag} {name} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
     for part in (config, config.get_text_config()):
-        for key in [key for key in part.to_dict() if key.endswith(("dropout", "pdrop"))]:
-            setattr(part, key, 0.0)
+        part.update({key: 0.0 for key in part.to_dict() if key.endswith(("dropout", "pdrop"))})
     return config
 
 
@@ -1410,7 +1407,7 @@ class Run:
 
     def start(self, optimizers: dict[str, torch.optim.Optimizer], **resolved):
         """Makes the folder or, resuming, restores the optimizers and cuts the logs back to the checkpoint's step."""
-        self.optimizers = optimizers
+        self.optimizers, logs = optimizers, {"metrics.jsonl": [], "samples.jsonl": []}
         if self.checkpoint:
             with end_on_error(f"--resume: {self.checkpoint} is broken; remove it to use the one before"):
                 self.state = torch.load(f"{self.checkpoint}/state.pt", "cpu", weights_only=True, mmap=WORLD_SIZE > 1)
@@ -1420,11 +1417,10 @@ class Run:
                         saved["state"][i] = {key: share_of(x, group["params"][i]) for key, x in moments.items()}
                     optimizer.load_state_dict(saved)
                 self.skipped, self.skipped_in_a_row = self.state["skipped"], self.state["skipped_in_a_row"]
-        logs = {"metrics.jsonl": [], "samples.jsonl": []}
-        for name in logs if self.checkpoint else ():
-            with end_on_error(f"--resume: {self.out / name} is broken"):
-                lines = (self.out / name).read_text().split("\n")[:-1]  # a kill may have torn what follows the last one
-                logs[name] = [row for row in map(json.loads, lines) if row["step"] <= self.step]
+            for name in logs:
+                with end_on_error(f"--resume: {self.out / name} is broken"):
+                    lines = (self.out / name).read_text().split("\n")[:-1]  # a kill may have torn what follows
+                    logs[name] = [row for row in map(json.loads, lines) if row["step"] <= self.step]
         self.rows = logs["metrics.jsonl"]
         if WORLD_SIZE > 1:
             dist.barrier()  # all have read what the first rank now goes on to change
@@ -1548,8 +1544,7 @@ class Run:
 
     def save(self, step: int, model, tokenizer, value_model=None, **tensors):
         """checkpoints/step-N, a model folder with the optimizers' state and `tensors`. Exits if a signal came."""
-        folder = self.out / "checkpoints" / f"step-{step}"
-        beside = folder.with_suffix(".tmp")
+        beside = self.out / "checkpoints" / f"step-{step}.tmp"
         self.write_model(beside, model, tokenizer)
         if value_model is not None:
             self.write_model(beside / "value_model", value_model, tokenizer)
@@ -1559,7 +1554,7 @@ class Run:
             state[name] = saved | {"state": {i: gathered(moments) for i, moments in saved["state"].items()}}
         if RANK == 0:
             torch.save(state, beside / "state.pt")
-            beside.rename(folder)
+            beside.rename(beside.with_suffix(""))
             self.prune(2)
         if self.signal:
             print(f"stopped at step {step}: go on with --resume", flush=True)
