@@ -66,7 +66,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -672,9 +672,7 @@ def value_source(args: Args, tokenizer, num_tokens: int) -> tuple[str, str]:
     return name, flag
 
 
-def load_scorer(
-    name: str, device: torch.device, gradient_checkpointing: bool, flag: str, head_scale: float, seed: int = 0
-):
+def load_scorer(name: str, device, gradient_checkpointing: bool, flag: str, head_scale: float, seed: int = 0):
     """A model with one scalar head `score` without bias, in float32, without dropout.
 
     A reward model's folder is loaded as it is; a language model gets a new head, N(0, head_scale^2 / (D + 1)) in
@@ -682,8 +680,7 @@ def load_scorer(
     """
     config = load_config(name, flag)
     is_scorer = "ForSequenceClassification" in str(config.architectures)
-    labels = config.num_labels if is_scorer else 1
-    require(labels == 1, f"{flag} {name} has {labels} labels; a reward model has one")
+    require(not is_scorer or config.num_labels == 1, f"{flag} {name} has {config.num_labels} labels instead of one")
     config.num_labels, new = 1, () if is_scorer else ("score.weight",)
     model = load_weights(transformers.AutoModelForSequenceClassification, name, flag, config, new)
     head = getattr(model, "score", None)
@@ -761,7 +758,11 @@ def rollout(sampler, prompts, num_samples, temperature, eos_ids, uniforms, batch
         draws = uniforms[start * num_samples : stop * num_samples]
         parts = generate(sampler, prompts[start:stop], num_samples, uniforms.shape[1], temperature, eos_ids, draws)
         completions, logprobs = completions + parts[0], logprobs + parts[1]
-    return from_all_ranks(completions), from_all_ranks(logprobs)
+    shares = [(completions, logprobs)]  # of all ranks
+    if WORLD_SIZE > 1:
+        shares = [None] * WORLD_SIZE
+        dist.all_gather_object(shares, (completions, logprobs))
+    return tuple(list(itertools.chain(*column)) for column in zip(*shares))
 
 
 def decode(tokenizer, completions: list[list[int]], eos_ids: list[int]) -> list[str]:
@@ -848,8 +849,7 @@ def check_sampling(gap: Tensor, mask: Tensor, means: "Means"):
         print(f"KL to the reference {means.result()['kl_ref_seq']:.1e} per completion")
     mean, largest = masked_mean(gap, mask).item(), (gap * mask).max().item()
     print(f"|sampling - training log-probability|: mean {mean:.1e}, max {largest:.1e}")
-    exact = largest < 1e-3 or gap.device.type == "cuda"
-    require(exact, "sampling and training differ by more than 1e-3: this model's cached decoding is not exact")
+    require(largest < 1e-3 or gap.device.type == "cuda", "sampling differs from training: cached decoding is not exact")
     if mean > 0.02:
         print("warning: sampling and training log-probabilities differ by more than 0.02 on average")
 
@@ -1074,15 +1074,6 @@ def over_ranks(x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
-def from_all_ranks(items: list) -> list:
-    """The lists of all ranks, one behind the other."""
-    if WORLD_SIZE == 1:
-        return items
-    parts = [None] * WORLD_SIZE
-    dist.all_gather_object(parts, items)
-    return list(itertools.chain(*parts))
-
-
 def autocast(device: torch.device):
     """bfloat16 arithmetic on CUDA, over float32 weights; float32 elsewhere."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
@@ -1172,11 +1163,9 @@ def load_tokenizer(name: str, num_tokens: int):
     tokenizer = from_hub(transformers.AutoTokenizer, name, "--model")
     require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no eos_token, so nothing could end")
     config = load_config(name, "--model", num_tokens)
-    try:
-        offline = Path(name).is_dir() or hub_is_out_of_reach()
+    stops, offline = config.get_text_config().eos_token_id, Path(name).is_dir() or hub_is_out_of_reach()
+    with suppress(OSError):  # there may be no generation config
         stops = transformers.GenerationConfig.from_pretrained(name, local_files_only=offline).eos_token_id
-    except OSError:  # it has none
-        stops = config.get_text_config().eos_token_id
     eos_ids = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "@answer@"}]
     tail = render(tokenizer, turns).rpartition("@answer@")[2]  # empty without a template
@@ -1190,8 +1179,7 @@ def load_config(name: str, flag: str, num_tokens: int = 0):
     window = getattr(config.get_text_config(), "max_position_embeddings", num_tokens)
     require(num_tokens <= window, f"{flag} {name} holds {window} tokens, not {num_tokens}: lower the --max-... flags")
     for part in (config, config.get_text_config()):
-        for key in [key for key in part.to_dict() if key.endswith(("dropout", "pdrop"))]:
-            setattr(part, key, 0.0)
+        part.update({key: 0.0 for key in part.to_dict() if key.endswith(("dropout", "pdrop"))})
     return config
 
 
@@ -1206,8 +1194,7 @@ def load_weights(loader, name: str, flag: str, config, new: tuple[str, ...] = ()
 def load_model(name: str, device: torch.device, gradient_checkpointing: bool = False, flag: str = "--model"):
     """A causal language model, ready to train."""
     config = load_config(name, flag)
-    scores = "ForSequenceClassification" in str(config.architectures)
-    require(not scores, f"{flag} {name} is a reward model, not a language model")
+    require("ForSequenceClassification" not in str(config.architectures), f"{flag} {name} is a reward model")
     model = load_weights(transformers.AutoModelForCausalLM, name, flag, config)
     return prepare_model(model, device, gradient_checkpointing)
 
@@ -1402,8 +1389,7 @@ class Run:
             self.record = json.loads((self.out / "args.json").read_text()) if "args.json" in held else {}
         ours = {"args", "resolved"} <= set(self.record)
         require(ours or not held, f"--out {self.out} holds {held}, which no run of ours wrote: choose another --out")
-        may_go = not ours or args.resume or args.overwrite
-        require(may_go, f"--out {self.out} holds a run: go on with --resume, or start anew with --overwrite")
+        require(not ours or args.resume or args.overwrite, f"--out {self.out} holds a run: --resume or --overwrite it")
         if not args.resume or not ours:
             self.record = {}
             return
@@ -1433,7 +1419,7 @@ class Run:
 
     def start(self, optimizers: dict[str, torch.optim.Optimizer], **resolved):
         """Makes the folder or, resuming, restores the optimizers and cuts the logs back to the checkpoint's step."""
-        self.optimizers = optimizers
+        self.optimizers, logs = optimizers, {"metrics.jsonl": [], "samples.jsonl": []}
         if self.checkpoint:
             with end_on_error(f"--resume: {self.checkpoint} is broken; remove it to use the one before"):
                 self.state = torch.load(f"{self.checkpoint}/state.pt", "cpu", weights_only=True, mmap=WORLD_SIZE > 1)
@@ -1443,11 +1429,10 @@ class Run:
                         saved["state"][i] = {key: share_of(x, group["params"][i]) for key, x in moments.items()}
                     optimizer.load_state_dict(saved)
                 self.skipped, self.skipped_in_a_row = self.state["skipped"], self.state["skipped_in_a_row"]
-        logs = {"metrics.jsonl": [], "samples.jsonl": []}
-        for name in logs if self.checkpoint else ():
-            with end_on_error(f"--resume: {self.out / name} is broken"):
-                lines = (self.out / name).read_text().split("\n")[:-1]  # a kill may have torn what follows the last one
-                logs[name] = [row for row in map(json.loads, lines) if row["step"] <= self.step]
+            for name in logs:
+                with end_on_error(f"--resume: {self.out / name} is broken"):
+                    lines = (self.out / name).read_text().split("\n")[:-1]  # a kill may have torn what follows
+                    logs[name] = [row for row in map(json.loads, lines) if row["step"] <= self.step]
         self.rows = logs["metrics.jsonl"]
         if WORLD_SIZE > 1:
             dist.barrier()  # all have read what the first rank now goes on to change
@@ -1468,7 +1453,7 @@ class Run:
         file = self.out / "args.json"
         if self.args.overwrite and file.exists():  # in an order in which no kill leaves a mixture of two runs
             write_beside(file, json.dumps(json.loads(file.read_text()) | {"finished": None}))
-            self.prune(0)
+        self.prune(0 if self.args.overwrite else 2)
         wandb_id = self.record.get("wandb_id") or os.urandom(4).hex()
         self.record = {"args": self.settings, "resolved": resolved, "wandb_id": wandb_id}
         write_beside(file, json.dumps(self.record, indent=2))  # marks the folder as a run's
@@ -1571,8 +1556,7 @@ class Run:
 
     def save(self, step: int, model, tokenizer, value_model=None, **tensors):
         """checkpoints/step-N, a model folder with the optimizers' state and `tensors`. Exits if a signal came."""
-        folder = self.out / "checkpoints" / f"step-{step}"
-        beside = folder.with_suffix(".tmp")
+        beside = self.out / "checkpoints" / f"step-{step}.tmp"
         self.write_model(beside, model, tokenizer)
         if value_model is not None:
             self.write_model(beside / "value_model", value_model, tokenizer)
@@ -1582,7 +1566,7 @@ class Run:
             state[name] = saved | {"state": {i: gathered(moments) for i, moments in saved["state"].items()}}
         if RANK == 0:
             torch.save(state, beside / "state.pt")
-            beside.rename(folder)
+            beside.rename(beside.with_suffix(""))
             self.prune(2)
         if self.signal:
             print(f"stopped at step {step}: go on with --resume", flush=True)
@@ -1606,7 +1590,6 @@ class Run:
                 path.replace(self.out / path.name)
             beside.rmdir()
             write_beside(self.out / "args.json", json.dumps(self.record | {"finished": steps}, indent=2))
-            self.prune(2)
         self.close()
         print(f"wrote {self.out}")
         return self.summary()
