@@ -15,15 +15,16 @@ mean reward of the `group_size` completions of the same prompt. The loss that is
 
 Each step:  (1) rollout: `prompts_per_step` prompts, `group_size` samples each, by temperature only
             (2) rewards, one number per completion        (3) advantages within each group
-            (4) `num_epochs` times: loss and gradient over micro-batches, rows of gradient 0 left out      (5) update
+            (4) `num_epochs` times: loss and gradient over all micro-batches, then (5) one update. Rows of advantage 0
+                are left out where neither KL nor entropy acts on them; num_sequences counts them all the same
 
 Signal: one verifiable or learned reward per completion, spread evenly over its tokens.
 KL: k3 per token inside the loss. Over the policy's own samples its value estimates KL(policy || reference) without
     bias; its gradient, prefixes held fixed, is that of KL(reference || policy). Reference: the policy as it was loaded.
 Mask and normaliser: EOS is an action; each sequence is averaged over its own length, then over the sequences of the
     whole step. Short completions therefore weigh more per token; a token mean is another algorithm.
-Truncation: a completion cut at `max_new_tokens` keeps its reward, less `missing_eos_penalty`.
-As in the paper; where it is silent: ddof 1, 1e-4, one update per rollout by default.
+Truncation: a completion cut at `max_new_tokens` keeps its reward, less `missing_eos_penalty`. All as in the paper; where
+    it is silent: ddof 1, 1e-4, one update per rollout by default.
 
 Run:  python sft.py && python grpo.py                                       a laptop CPU, five minutes in all
       python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k:main ...      one GPU, see README
@@ -40,9 +41,8 @@ Metrics (metrics.jsonl), and what healthy looks like:
   entropy                 of the distribution at `temperature`, over the completions trained; a steady fall is collapse
   completion_length, truncated_frac  tokens, EOS included; share cut at `max_new_tokens`
   sampling_gap_max, sampling_gap_mean    |sampling - training log-probability|: below 1e-3 in float32
-  is_weight               mean of the weights that `is_cap` bounds; near 1
   eval/accuracy_sampled, eval/accuracy_greedy, eval/answered_*, eval/reward_*    held-out prompts; before/... at step 0
-  skipped_updates         updates left out so far because they were not finite
+  skipped_updates, is_weight    updates left out so far, not finite; mean of the weights that `is_cap` bounds: near 1
 
 Dimensions: B prompts, G samples per prompt, N = B*G sequences, L tokens (prompt + completion), V vocabulary, D hidden.
 Index t of every (N, L) tensor speaks of the decision to emit token t (read from the hidden state at t-1).
@@ -685,7 +685,8 @@ def check_sampling(gap: Tensor, mask: Tensor, means: "Means"):
         print(f"KL to the reference {means.result()['kl_ref_seq']:.1e} per completion")
     mean, largest = masked_mean(gap, mask).item(), (gap * mask).max().item()
     print(f"|sampling - training log-probability|: mean {mean:.1e}, max {largest:.1e}")
-    require(largest < 1e-3 or gap.device.type == "cuda", "sampling differs from training: cached decoding is not exact")
+    exact = largest < 1e-3 or gap.device.type == "cuda"
+    require(exact, "sampling and training differ by more than 1e-3: this model's cached decoding is not exact")
     if mean > 0.02:
         print("warning: sampling and training log-probabilities differ by more than 0.02 on average")
 
@@ -753,19 +754,19 @@ def main(args: Args) -> dict[str, float]:
         # (4) loss: a row of advantage 0 has gradient 0 and is not computed, unless KL or entropy act on it too
         all_rows = reference is not None or args.entropy_coef > 0
         trained = [n for n in range(B * G) if all_rows or advantages[n] != 0]
-        if 0 < len(trained) < WORLD_SIZE:  # a row for every rank
-            trained += [n for n in range(B * G) if n not in trained][: WORLD_SIZE - len(trained)]
+        left_out = sorted(set(range(B * G)) - set(trained))
+        trained += left_out[: -len(trained) % WORLD_SIZE]  # as many rows for every rank
         sequences = []  # ids, mask and sampling log-probabilities of each row
         for n in trained:
             prompt, completion = prompts[n // G], completions[n]
             zeros = [0] * len(prompt)
             sequences.append((prompt + completion, zeros + [1] * len(completion), zeros + sampling_logprobs[n]))
         batches = list(micro_batches(sequences, args.micro_batch_tokens, device))
-        old_logprobs, ref_logprobs = [], [None] * len(batches)  # (n, L) for each micro-batch
-        if reference is not None:
+        old_logprobs, ref_logprobs = [], []  # (n, L) for each micro-batch
+        for _, ids, mask, _ in batches if reference is not None else ():
             with torch.no_grad(), autocast(device):
-                reference_of = functools.partial(token_logprobs, reference, with_entropy=False)
-                ref_logprobs = [reference_of(ids, x, args.temperature)[0] for _, ids, x, _ in batches]
+                logprobs, _ = token_logprobs(reference, ids, mask, args.temperature, with_entropy=False)
+            ref_logprobs.append(logprobs)
         drawn = shuffled_indices(len(sft_data), args.seed, "sft", step, B) if args.sft_coef else []
         demonstrations, step_means = [sft_data[i] for i in drawn], Means()
         sft_tokens = sum(sum(mask) for _, mask in demonstrations)
@@ -776,7 +777,7 @@ def main(args: Args) -> dict[str, float]:
                     logprobs, entropy = token_logprobs(
                         policy, ids, mask, args.temperature, entropy_grad=args.entropy_coef > 0
                     )  # (n, L) each
-                gap, ref = (logprobs - sampled).abs(), ref_logprobs[k]
+                gap, ref = (logprobs - sampled).abs(), ref_logprobs[k] if ref_logprobs else None
                 if epoch == 0:  # the policy is still the one that sampled: these are the old log-probabilities
                     old_logprobs.append(logprobs.detach())
                     step_means.add(mask, entropy=entropy, sampling_gap_mean=gap, sampling_gap_max=gap)
@@ -808,7 +809,8 @@ def main(args: Args) -> dict[str, float]:
 
             # (5) update
             lr = learning_rate(args, step, steps, peak_lr)
-            step_means.add(**run.update(optimizer=lr))  # loss, grad_norm
+            loss_and_norm = run.update(optimizer=lr)  # clips, steps and clears the gradient
+            step_means.add(**loss_and_norm)
         refresh(sampler, policy)
 
         seconds = time.perf_counter() - clock
@@ -870,6 +872,9 @@ def check_numbers(args: "Args"):
     for name in ("lr", "value_lr", "beta", "temperature", "clip_eps", "max_grad_norm", "target_kl", "kl_stop"):
         require(getattr(args, name, None) != 0, f"--{name.replace('_', '-')} must be above 0")
     require(args.adam_beta2 < 1, f"--adam-beta2 {args.adam_beta2}: must be below 1")
+    for name in ("batch_size", "prompts_per_step"):
+        enough = getattr(args, name, WORLD_SIZE) >= WORLD_SIZE
+        require(enough, f"--{name.replace('_', '-')}: must be at least {WORLD_SIZE}, a row for each process")
 
 
 def pick_device() -> torch.device:
@@ -1208,7 +1213,8 @@ class Run:
             self.record = json.loads((self.out / "args.json").read_text()) if "args.json" in held else {}
         ours = {"args", "resolved"} <= set(self.record)
         require(ours or not held, f"--out {self.out} holds {held}, which no run of ours wrote: choose another --out")
-        require(not ours or args.resume or args.overwrite, f"--out {self.out} holds a run: --resume or --overwrite it")
+        may_go = not ours or args.resume or args.overwrite
+        require(may_go, f"--out {self.out} holds a run: go on with --resume, or start anew with --overwrite")
         if not args.resume or not ours:
             self.record = {}
             return
@@ -1234,6 +1240,7 @@ class Run:
         require(steps >= self.step, f"--steps {steps}: the last checkpoint is at step {self.step} already")
         if self.record.get("finished") == steps:
             print(f"{self.out}: this run is finished")
+            self.close()
         return self.record.get("finished") == steps
 
     def start(self, optimizers: dict[str, torch.optim.Optimizer], **resolved):
@@ -1253,8 +1260,8 @@ class Run:
                     lines = (self.out / name).read_text().split("\n")[:-1]  # a kill may have torn what follows
                     logs[name] = [row for row in map(json.loads, lines) if row["step"] <= self.step]
         self.rows = logs["metrics.jsonl"]
-        if WORLD_SIZE > 1:
-            dist.barrier()  # all have read what the first rank now goes on to change
+        steps = over_ranks(torch.tensor([self.step, -self.step]), dist.ReduceOp.MAX)  # all have read what now changes
+        require(steps.sum() == 0, f"--out {self.out} is not one folder for all processes: name one that they share")
         if RANK == 0:
             self.open_folder(logs, resolved)
         if __name__ == "__main__":  # a notebook keeps its own Ctrl-C
@@ -1396,8 +1403,8 @@ class Run:
         """Ends the tracking, and the ranks: none of them may end before all are done."""
         if self.wandb:
             self.wandb.finish()
-        if WORLD_SIZE > 1:
-            dist.barrier()
+        if dist.is_initialized():
+            over_ranks(torch.zeros(1))  # on the CPU, where waiting for the first to write is not limited to ten minutes
             dist.destroy_process_group()
 
     def finish(self, steps: int, model, tokenizer) -> dict[str, float]:

@@ -565,6 +565,9 @@ def check_numbers(args: "Args"):
     for name in ("lr", "value_lr", "beta", "temperature", "clip_eps", "max_grad_norm", "target_kl", "kl_stop"):
         require(getattr(args, name, None) != 0, f"--{name.replace('_', '-')} must be above 0")
     require(args.adam_beta2 < 1, f"--adam-beta2 {args.adam_beta2}: must be below 1")
+    for name in ("batch_size", "prompts_per_step"):
+        enough = getattr(args, name, WORLD_SIZE) >= WORLD_SIZE
+        require(enough, f"--{name.replace('_', '-')}: must be at least {WORLD_SIZE}, a row for each process")
 
 
 def pick_device() -> torch.device:
@@ -859,7 +862,8 @@ class Run:
             self.record = json.loads((self.out / "args.json").read_text()) if "args.json" in held else {}
         ours = {"args", "resolved"} <= set(self.record)
         require(ours or not held, f"--out {self.out} holds {held}, which no run of ours wrote: choose another --out")
-        require(not ours or args.resume or args.overwrite, f"--out {self.out} holds a run: --resume or --overwrite it")
+        may_go = not ours or args.resume or args.overwrite
+        require(may_go, f"--out {self.out} holds a run: go on with --resume, or start anew with --overwrite")
         if not args.resume or not ours:
             self.record = {}
             return
@@ -885,6 +889,7 @@ class Run:
         require(steps >= self.step, f"--steps {steps}: the last checkpoint is at step {self.step} already")
         if self.record.get("finished") == steps:
             print(f"{self.out}: this run is finished")
+            self.close()
         return self.record.get("finished") == steps
 
     def start(self, optimizers: dict[str, torch.optim.Optimizer], **resolved):
@@ -904,8 +909,8 @@ class Run:
                     lines = (self.out / name).read_text().split("\n")[:-1]  # a kill may have torn what follows
                     logs[name] = [row for row in map(json.loads, lines) if row["step"] <= self.step]
         self.rows = logs["metrics.jsonl"]
-        if WORLD_SIZE > 1:
-            dist.barrier()  # all have read what the first rank now goes on to change
+        steps = over_ranks(torch.tensor([self.step, -self.step]), dist.ReduceOp.MAX)  # all have read what now changes
+        require(steps.sum() == 0, f"--out {self.out} is not one folder for all processes: name one that they share")
         if RANK == 0:
             self.open_folder(logs, resolved)
         if __name__ == "__main__":  # a notebook keeps its own Ctrl-C
@@ -1047,8 +1052,8 @@ class Run:
         """Ends the tracking, and the ranks: none of them may end before all are done."""
         if self.wandb:
             self.wandb.finish()
-        if WORLD_SIZE > 1:
-            dist.barrier()
+        if dist.is_initialized():
+            over_ranks(torch.zeros(1))  # on the CPU, where waiting for the first to write is not limited to ten minutes
             dist.destroy_process_group()
 
     def finish(self, steps: int, model, tokenizer) -> dict[str, float]:
