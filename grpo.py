@@ -7,13 +7,13 @@
 Raise the reward, less a penalty on the KL to the reference, without a value model: the baseline of a completion is the
 mean reward of the `group_size` completions of the same prompt. The loss that is minimised:
 
-    loss     = -1/num_sequences * sum_n 1/|y_n| * sum_t objective[n, t]               t over the actions, mask = 1
+    loss     = -1/num_sequences * sum_n 1/|y_n| * sum_t objective[n, t] - entropy_coef * entropy + sft_coef * sft_loss
     objective = min(ratio * A_n, clip(ratio, 1 - clip_eps, 1 + clip_eps) * A_n) - kl_coef * k3
     ratio    = exp(logprobs - old_logprobs)                 old: the first epoch's own, detached, so exactly 1 there
     A_n      = (reward_n - mean_group) / (std_group + 1e-4)                          std with ddof 1; 0 if all are equal
     k3       = exp(ref_logprobs - logprobs) - (ref_logprobs - logprobs) - 1          >= 0
 
-Each step:  (1) rollout: `prompts_per_step` prompts, `group_size` samples each, by temperature only
+Each step:  (1) rollout: `prompts_per_step` prompts, `group_size` samples each, no top-k, no top-p
             (2) rewards, one number per completion        (3) advantages within each group
             (4) `num_epochs` times: loss and gradient over all micro-batches, then (5) one update. Rows of advantage 0
                 are left out where neither KL nor entropy acts on them; num_sequences counts them all the same
@@ -21,10 +21,10 @@ Each step:  (1) rollout: `prompts_per_step` prompts, `group_size` samples each, 
 Signal: one verifiable or learned reward per completion, spread evenly over its tokens.
 KL: k3 per token inside the loss. Over the policy's own samples its value estimates KL(policy || reference) without
     bias; its gradient, prefixes held fixed, is that of KL(reference || policy). Reference: the policy as it was loaded.
-Mask and normaliser: EOS is an action; each sequence is averaged over its own length, then over the sequences of the
+Mask and normaliser: EOS is an action; each sequence is averaged over its actions, then over the sequences of the
     whole step. Short completions therefore weigh more per token; a token mean is another algorithm.
-Truncation: a completion cut at `max_new_tokens` keeps its reward, less `missing_eos_penalty`. All as in the paper; where
-    it is silent: ddof 1, 1e-4, one update per rollout by default.
+Truncation: a completion cut at `max_new_tokens` keeps its reward, less `missing_eos_penalty`.
+As in the paper; where it is silent: ddof 1, 1e-4, one update per rollout by default.
 
 Run:  python sft.py && python grpo.py                                       a laptop CPU, five minutes in all
       python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k:main ...      one GPU, see README
