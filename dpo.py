@@ -14,7 +14,7 @@ written with the policy alone. The loss that is minimised:
     logps    = sum_t mask[n, t] * logprobs[n, t]                             summed over the completion, not averaged
 
 Before the first step: the reference (the model as it was loaded, or `reference`) scores all pairs and is freed, so that
-only one model is in memory.
+only one model is in memory (on a GPU a bfloat16 copy that samples, too).
 Each step:  (1) batch: the next `batch_size` pairs of an endless stream of shuffled epochs
             (2) loss and gradient over token-budget micro-batches of whole pairs    (3) update
 
@@ -50,6 +50,7 @@ Index t of every (N, L) tensor speaks of the decision to emit token t (read from
 
 import copy
 import dataclasses
+import datetime
 import functools
 import gc
 import itertools
@@ -133,7 +134,7 @@ class Args:
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm."""
     micro_batch_tokens: int = 2048
-    """Most tokens, padding included, in one forward and backward pass; a large GPU is faster with more."""
+    """Most tokens, padding included, in one forward and backward pass of a process, unless a single row has more."""
     rollout_batch_size: int = 1024
     """Most sequences decoded at once: bounds the KV cache."""
     gradient_checkpointing: bool = False
@@ -289,8 +290,10 @@ def encode_row(tokenizer, row: dict, system_prompt: str | None, eos_ids: list[in
     if "messages" in row:
         messages = as_messages(row["messages"], system_prompt)
     else:
-        completion = as_messages(row["completion" if "completion" in row else "answer"], None)[0]["content"]
-        messages = [*as_messages(prompt_of(row), system_prompt), {"role": "assistant", "content": completion}]
+        completion = as_messages(row["completion" if "completion" in row else "answer"], None)
+        if len(completion) > 1:
+            raise ValueError("its completion is more than one message: use a column `messages`")
+        messages = [*as_messages(prompt_of(row), system_prompt), {**completion[0], "role": "assistant"}]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     turns = turns if "messages" in row else turns[-1:]
     if not turns or (not tokenizer.chat_template and turns != [len(messages) - 1]):
@@ -727,7 +730,7 @@ def main(args: Args) -> dict[str, float]:
     print(f"beta {beta:g}, peak lr {peak_lr:g}")
     run.start({"optimizer": optimizer}, peak_lr=peak_lr, beta=beta, steps=steps)
     if run.checkpoint:
-        references = run.state["references"]
+        references = run.state["references"].clone()  # the file may go before the run ends
         same = len(references) == len(train_pairs) + len(eval_pairs)
         require(same, "--resume: --dataset or --eval-dataset no longer holds the pairs that the run began with")
     eval_references = references[len(train_pairs) :]
@@ -817,7 +820,8 @@ def pick_device() -> torch.device:
     if WORLD_SIZE > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backends, timeout=datetime.timedelta(hours=4))  # the first may call a slow reward
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
@@ -1132,8 +1136,8 @@ class Run:
 
     free = ("resume", "overwrite", "track", "wandb_project", "sample_every", "save_every", "save_dtype", "out")
     files = """metrics.jsonl samples.jsonl checkpoints wandb config.json generation_config.json chat_template.jinja
-        model.safetensors model.safetensors.index.json model-*-of-*.safetensors tokenizer.json tokenizer_config.json
-        tokenizer.model added_tokens.json vocab.json vocab.txt merges.txt"""
+        additional_chat_templates model.safetensors model.safetensors.index.json model-*-of-*.safetensors tokenizer.json
+        tokenizer_config.json tokenizer.model added_tokens.json vocab.json vocab.txt merges.txt"""
 
     def __init__(self, args: "Args"):
         """Decides between a new run and a resumed one and refuses what would lose something. Writes nothing."""
@@ -1181,10 +1185,13 @@ class Run:
     def finished(self, steps: int) -> bool:
         """Whether there is nothing left to do; says so."""
         require(steps >= self.step, f"--steps {steps}: the last checkpoint is at step {self.step} already")
-        if self.record.get("finished") == steps:
+        over = self.record.get("finished")
+        hint = "has no checkpoint to go on from: choose another --out, or start anew with --overwrite"
+        require(over in (None, steps) or self.checkpoint, f"--resume: {self.out} is a finished run and {hint}")
+        if over == steps:
             print(f"{self.out}: this run is finished")
             self.close()
-        return self.record.get("finished") == steps
+        return over == steps
 
     def start(self, optimizers: dict[str, torch.optim.Optimizer], **resolved):
         """Makes the folder or, resuming, restores the optimizers and cuts the logs back to the checkpoint's step."""
@@ -1226,7 +1233,7 @@ class Run:
         wandb_id = self.record.get("wandb_id") or os.urandom(4).hex()
         self.record = {"args": self.settings, "resolved": resolved, "wandb_id": wandb_id}
         write_beside(file, json.dumps(self.record, indent=2))  # marks the folder as a run's
-        patterns = self.files if self.args.overwrite else "checkpoints/*.tmp"
+        patterns = "checkpoints/*.tmp" if self.checkpoint else self.files  # of a run before, or of one just begun
         for path in [path for pattern in patterns.split() for path in self.out.glob(pattern)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for name, rows in logs.items():
@@ -1356,6 +1363,7 @@ class Run:
         self.write_model(beside, model.to(getattr(torch, self.args.save_dtype)), tokenizer)
         if RANK == 0:
             for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
+                shutil.rmtree(self.out / path.name, ignore_errors=True)  # a folder cannot be replaced
                 path.replace(self.out / path.name)
             beside.rmdir()
             write_beside(self.out / "args.json", json.dumps(self.record | {"finished": steps}, indent=2))

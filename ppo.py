@@ -50,6 +50,7 @@ V vocabulary, D hidden. Index t of an (N, L) tensor speaks of the decision to em
 
 import copy
 import dataclasses
+import datetime
 import functools
 import itertools
 import json
@@ -127,13 +128,13 @@ class Args:
     clip_eps: float = 0.2
     """Half-width of the band in which the probability ratio is not clipped."""  # paper: 0.2
     value_clip_eps: float = 0.0
-    """How far a value may move in a step before the clipping, in units of the reward; 0: freely."""  # paper: 0.2
+    """How far a value may move in a step before the clipping, in units of the reward; 0: freely."""  # as in the paper
     gamma: float = 1.0
     """Discount per token."""  # paper: 1.0
     lam: float = 0.95
     """GAE's lambda: 1 is Monte Carlo, 0 the one-step TD residual."""  # paper: 0.95
     vf_coef: float = 1.0
-    """Weight of the value loss."""
+    """Weight of the value loss; Adam divides it out, so it acts through `max_grad_norm` alone: see `value_lr`."""
     kl_coef: float = 0.05
     """Weight of the KL to the reference; at 0 none is loaded, unless `kl_stop` asks for it."""  # paper: 0.02
     entropy_coef: float = 0.0
@@ -165,7 +166,7 @@ class Args:
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm."""
     micro_batch_tokens: int = 4096
-    """Most tokens, padding included, in one forward and backward pass; a large GPU is faster with more."""
+    """Most tokens, padding included, in one forward and backward pass of a process, unless a single row has more."""
     rollout_batch_size: int = 1024
     """Most sequences decoded at once: bounds the KV cache."""
     gradient_checkpointing: bool = False
@@ -200,6 +201,8 @@ class Args:
         num_sequences = self.prompts_per_step * self.group_size
         parts = f"--num-minibatches {self.num_minibatches} must divide --prompts-per-step times --group-size"
         require(num_sequences % self.num_minibatches == 0, f"{parts}, {num_sequences}")
+        enough = num_sequences >= WORLD_SIZE * self.num_minibatches
+        require(enough, f"--num-minibatches {self.num_minibatches}: each of {WORLD_SIZE} processes needs a row of each")
         whole_groups = self.rollout_batch_size % self.group_size == 0
         require(whole_groups, f"--rollout-batch-size must be a multiple of --group-size {self.group_size}")
         require(0 < len(self.reward) == len(set(self.reward)), "--reward: name one or more, each of them once")
@@ -549,8 +552,10 @@ def encode_row(tokenizer, row: dict, system_prompt: str | None, eos_ids: list[in
     if "messages" in row:
         messages = as_messages(row["messages"], system_prompt)
     else:
-        completion = as_messages(row["completion" if "completion" in row else "answer"], None)[0]["content"]
-        messages = [*as_messages(prompt_of(row), system_prompt), {"role": "assistant", "content": completion}]
+        completion = as_messages(row["completion" if "completion" in row else "answer"], None)
+        if len(completion) > 1:
+            raise ValueError("its completion is more than one message: use a column `messages`")
+        messages = [*as_messages(prompt_of(row), system_prompt), {**completion[0], "role": "assistant"}]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     turns = turns if "messages" in row else turns[-1:]
     if not turns or (not tokenizer.chat_template and turns != [len(messages) - 1]):
@@ -1064,7 +1069,8 @@ def pick_device() -> torch.device:
     if WORLD_SIZE > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backends, timeout=datetime.timedelta(hours=4))  # the first may call a slow reward
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
@@ -1369,8 +1375,8 @@ class Run:
 
     free = ("resume", "overwrite", "track", "wandb_project", "sample_every", "save_every", "save_dtype", "out")
     files = """metrics.jsonl samples.jsonl checkpoints wandb config.json generation_config.json chat_template.jinja
-        model.safetensors model.safetensors.index.json model-*-of-*.safetensors tokenizer.json tokenizer_config.json
-        tokenizer.model added_tokens.json vocab.json vocab.txt merges.txt"""
+        additional_chat_templates model.safetensors model.safetensors.index.json model-*-of-*.safetensors tokenizer.json
+        tokenizer_config.json tokenizer.model added_tokens.json vocab.json vocab.txt merges.txt"""
 
     def __init__(self, args: "Args"):
         """Decides between a new run and a resumed one and refuses what would lose something. Writes nothing."""
@@ -1418,10 +1424,13 @@ class Run:
     def finished(self, steps: int) -> bool:
         """Whether there is nothing left to do; says so."""
         require(steps >= self.step, f"--steps {steps}: the last checkpoint is at step {self.step} already")
-        if self.record.get("finished") == steps:
+        over = self.record.get("finished")
+        hint = "has no checkpoint to go on from: choose another --out, or start anew with --overwrite"
+        require(over in (None, steps) or self.checkpoint, f"--resume: {self.out} is a finished run and {hint}")
+        if over == steps:
             print(f"{self.out}: this run is finished")
             self.close()
-        return self.record.get("finished") == steps
+        return over == steps
 
     def start(self, optimizers: dict[str, torch.optim.Optimizer], **resolved):
         """Makes the folder or, resuming, restores the optimizers and cuts the logs back to the checkpoint's step."""
@@ -1463,7 +1472,7 @@ class Run:
         wandb_id = self.record.get("wandb_id") or os.urandom(4).hex()
         self.record = {"args": self.settings, "resolved": resolved, "wandb_id": wandb_id}
         write_beside(file, json.dumps(self.record, indent=2))  # marks the folder as a run's
-        patterns = self.files if self.args.overwrite else "checkpoints/*.tmp"
+        patterns = "checkpoints/*.tmp" if self.checkpoint else self.files  # of a run before, or of one just begun
         for path in [path for pattern in patterns.split() for path in self.out.glob(pattern)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for name, rows in logs.items():
@@ -1593,6 +1602,7 @@ class Run:
         self.write_model(beside, model.to(getattr(torch, self.args.save_dtype)), tokenizer)
         if RANK == 0:
             for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
+                shutil.rmtree(self.out / path.name, ignore_errors=True)  # a folder cannot be replaced
                 path.replace(self.out / path.name)
             beside.rmdir()
             write_beside(self.out / "args.json", json.dumps(self.record | {"finished": steps}, indent=2))

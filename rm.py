@@ -49,6 +49,7 @@ Dimensions: N pairs, 2N sequences (first the chosen ones, then the rejected ones
 """
 
 import dataclasses
+import datetime
 import functools
 import itertools
 import json
@@ -122,7 +123,7 @@ class Args:
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm."""
     micro_batch_tokens: int = 4096
-    """Most tokens, padding included, in one forward and backward pass; a large GPU is faster with more."""
+    """Most tokens, padding included, in one forward and backward pass of a process, unless a single row has more."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -577,7 +578,8 @@ def pick_device() -> torch.device:
     if WORLD_SIZE > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backends, timeout=datetime.timedelta(hours=4))  # the first may call a slow reward
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
@@ -838,8 +840,8 @@ class Run:
 
     free = ("resume", "overwrite", "track", "wandb_project", "sample_every", "save_every", "save_dtype", "out")
     files = """metrics.jsonl samples.jsonl checkpoints wandb config.json generation_config.json chat_template.jinja
-        model.safetensors model.safetensors.index.json model-*-of-*.safetensors tokenizer.json tokenizer_config.json
-        tokenizer.model added_tokens.json vocab.json vocab.txt merges.txt"""
+        additional_chat_templates model.safetensors model.safetensors.index.json model-*-of-*.safetensors tokenizer.json
+        tokenizer_config.json tokenizer.model added_tokens.json vocab.json vocab.txt merges.txt"""
 
     def __init__(self, args: "Args"):
         """Decides between a new run and a resumed one and refuses what would lose something. Writes nothing."""
@@ -887,10 +889,13 @@ class Run:
     def finished(self, steps: int) -> bool:
         """Whether there is nothing left to do; says so."""
         require(steps >= self.step, f"--steps {steps}: the last checkpoint is at step {self.step} already")
-        if self.record.get("finished") == steps:
+        over = self.record.get("finished")
+        hint = "has no checkpoint to go on from: choose another --out, or start anew with --overwrite"
+        require(over in (None, steps) or self.checkpoint, f"--resume: {self.out} is a finished run and {hint}")
+        if over == steps:
             print(f"{self.out}: this run is finished")
             self.close()
-        return self.record.get("finished") == steps
+        return over == steps
 
     def start(self, optimizers: dict[str, torch.optim.Optimizer], **resolved):
         """Makes the folder or, resuming, restores the optimizers and cuts the logs back to the checkpoint's step."""
@@ -932,7 +937,7 @@ class Run:
         wandb_id = self.record.get("wandb_id") or os.urandom(4).hex()
         self.record = {"args": self.settings, "resolved": resolved, "wandb_id": wandb_id}
         write_beside(file, json.dumps(self.record, indent=2))  # marks the folder as a run's
-        patterns = self.files if self.args.overwrite else "checkpoints/*.tmp"
+        patterns = "checkpoints/*.tmp" if self.checkpoint else self.files  # of a run before, or of one just begun
         for path in [path for pattern in patterns.split() for path in self.out.glob(pattern)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for name, rows in logs.items():
@@ -1062,6 +1067,7 @@ class Run:
         self.write_model(beside, model.to(getattr(torch, self.args.save_dtype)), tokenizer)
         if RANK == 0:
             for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
+                shutil.rmtree(self.out / path.name, ignore_errors=True)  # a folder cannot be replaced
                 path.replace(self.out / path.name)
             beside.rmdir()
             write_beside(self.out / "args.json", json.dumps(self.record | {"finished": steps}, indent=2))

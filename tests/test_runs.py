@@ -609,7 +609,8 @@ def test_the_loss_of_the_first_step_is_the_policy_gradient_loss_worked_from_its_
 @ALL
 def test_documented_metrics_are_there(name, data, tiny_folder, tmp_path):
     """Every metric that the header names is in metrics.jsonl, and every key of metrics.jsonl is in the header."""
-    changes = {"num_epochs": 2, "sft_coef": 0.1, "sft_dataset": f"{data}/rows.jsonl"} if name in ("ppo", "grpo") else {}
+    changes = {"num_epochs": 2, "sft_coef": 0.1, "sft_dataset": f"{data}/rows.jsonl", "is_cap": 2.0}
+    changes = changes if name in ("ppo", "grpo") else {}
     metrics = run(name, data, tiny_folder, tmp_path / "out", **changes)
     rows = metrics_of(tmp_path / "out")
     keys = set().union(*rows) | {key for key in metrics if key.startswith("before/")}
@@ -1348,3 +1349,40 @@ def test_tracking_without_wandb_writes_nothing(name, data, tiny_folder, tmp_path
         run(name, data, tiny_folder, tmp_path / "out", track=True)
     assert "--track" in str(info.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_resume_does_not_begin_a_finished_run_anew(data, tiny_folder, tmp_path):
+    """Its checkpoints gone, a run that is to be extended has nothing to go on from: its logs and model stay."""
+    changes = {"lr_schedule": "constant", "steps": 2}
+    run("sft", data, tiny_folder, tmp_path / "out", **changes)
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(SystemExit, match="no checkpoint to go on from"):
+        run("sft", data, tiny_folder, tmp_path / "out", resume=True, **{**changes, "steps": 4})
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_run_without_a_checkpoint_keeps_nothing_of_the_one_before(data, tiny_folder, tmp_path):
+    """Killed while --overwrite was removing a former run and then resumed: what is left of that run's model goes."""
+    run("sft", data, tiny_folder, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    record = json.loads((tmp_path / "out" / "args.json").read_text())
+    (tmp_path / "out" / "args.json").write_text(json.dumps({x: y for x, y in record.items() if x != "finished"}))
+    (tmp_path / "out" / "merges.txt").write_text("of another tokenizer")
+    (tmp_path / "out" / "notes.txt").write_text("the user's own")
+    run("sft", data, tiny_folder, tmp_path / "out", resume=True)
+    assert not (tmp_path / "out" / "merges.txt").exists() and (tmp_path / "out" / "config.json").exists()
+    assert (tmp_path / "out" / "notes.txt").read_text() == "the user's own"
+
+
+def test_a_tokenizer_with_several_chat_templates_is_saved_and_saved_again(data, tiny_folder, tmp_path):
+    """transformers writes all but the default one into a folder, which a second run has to replace."""
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": tokenizer.chat_template + "tools"}
+    tokenizer.save_pretrained(model)
+    assert (model / "additional_chat_templates").is_dir()
+    for changes in ({}, {"overwrite": True}, {"overwrite": True}):
+        run("sft", data, str(model), tmp_path / "out", **{"model": str(model), **changes})
+        saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+        assert saved == tokenizer.chat_template
