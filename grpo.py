@@ -1154,6 +1154,8 @@ def encode_rows(encode: Callable, rows: list[dict], max_length: int, flag: str) 
         if max(len(part[0] if isinstance(part, tuple) else part) for part in parts) <= max_length:
             kept.append(row)
             encoded.append(item)
+        if (i + 1) % 50_000 == 0:
+            print(f"encoded {i + 1:,} of {len(rows):,} rows", flush=True)
     require(len(kept) > 0, f"all {len(rows)} rows are longer than {flag} {max_length} (tokens): raise it")
     if len(kept) < len(rows):
         print(f"dropped {len(rows) - len(kept):,} of {len(rows):,} rows: longer than {flag} {max_length} (tokens)")

@@ -462,6 +462,15 @@ def evaluate_rewards(rewards: Tensor, pairs: list[tuple]) -> dict[str, float]:
     return metrics | {f"calibration/{name}": value for name, value in calibrated.items()}
 
 
+def print_calibration(metrics: dict):
+    """The ten bins of the last evaluation, as a table."""
+    print("the side with the higher reward is the chosen one:\n  predicted  observed  pairs")
+    for k in range(10):
+        predicted, observed, pairs = (metrics[f"calibration/{x}_{k}"] for x in ("predicted", "observed", "pairs"))
+        if pairs:
+            print(f"  {predicted:9.3f}  {observed:8.3f}  {pairs:5,}")
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -530,6 +539,7 @@ def main(args: Args) -> dict[str, float]:
         run.log(step, steps, metrics, samples, "loss pair_accuracy margin grad_norm lr")
         if step == steps or run.signal or step % args.save_every == 0:
             run.save(step, model, tokenizer)
+    print_calibration(run.rows[-1])
     return run.finish(steps, model, tokenizer)
 
 
@@ -801,6 +811,8 @@ def encode_rows(encode: Callable, rows: list[dict], max_length: int, flag: str) 
         if max(len(part[0] if isinstance(part, tuple) else part) for part in parts) <= max_length:
             kept.append(row)
             encoded.append(item)
+        if (i + 1) % 50_000 == 0:
+            print(f"encoded {i + 1:,} of {len(rows):,} rows", flush=True)
     require(len(kept) > 0, f"all {len(rows)} rows are longer than {flag} {max_length} (tokens): raise it")
     if len(kept) < len(rows):
         print(f"dropped {len(rows) - len(kept):,} of {len(rows):,} rows: longer than {flag} {max_length} (tokens)")
