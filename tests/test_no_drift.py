@@ -13,7 +13,7 @@ TOP_LEVEL = [name for name in SCRIPTS if "/" not in name]
 VARIANTS = [name for name in SCRIPTS if "/" in name]
 PLUMBING = f"# {'-' * 108} plumbing"
 # Most lines from the header to the end of main, and of the plumbing below it. Caps, not targets.
-BUDGETS = {"sft.py": 580, "rm.py": 540, "dpo.py": 775, "grpo.py": 845, "ppo.py": 1025}
+BUDGETS = {"sft.py": 580, "rm.py": 555, "dpo.py": 775, "grpo.py": 845, "ppo.py": 1025}
 PLUMBING_BUDGET = 625
 
 
