@@ -632,7 +632,7 @@ def pick_device() -> torch.device:
 
 
 def over_ranks(x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
-    """The sum of x over all ranks, or its maximum: so rows that one rank each has filled in, among -inf, meet."""
+    """The sum of x over all ranks. With MAX: each fills in its own rows of a tensor of -inf, and all get every row."""
     if WORLD_SIZE > 1:
         x = x.clone()
         dist.all_reduce(x, operation)
@@ -664,7 +664,7 @@ def shuffled_indices(num_rows: int, seed: int, purpose: str, step: int, count: i
 def micro_batch_rows(widths: list[int], max_tokens: int) -> list[list[int]]:
     """The row numbers of this rank's micro-batches, widest rows first: width * rows is at most `max_tokens`.
 
-    All ranks have as many, because they gather weights together: some are split or, of too few rows, one too large.
+    Their number is the same on every rank: all must run together, or FSDP's gathering of weights would wait for ever.
     """
     order, batches = sorted(range(len(widths)), key=lambda i: -widths[i]), []
     if 0 < len(order) < WORLD_SIZE:
@@ -677,9 +677,9 @@ def micro_batch_rows(widths: list[int], max_tokens: int) -> list[list[int]]:
         batches.append(order[start : start + count])
         start += count
     wanted = min(math.ceil(len(batches) / WORLD_SIZE), len(order) // WORLD_SIZE) * WORLD_SIZE
-    if len(batches) > wanted:
+    if len(batches) > wanted:  # single rows that do not divide among the ranks: some come in pairs, above `max_tokens`
         batches = [order[k::wanted] for k in range(wanted)]
-    while len(batches) < wanted:
+    while len(batches) < wanted:  # halve the largest
         k = max(range(len(batches)), key=lambda k: len(batches[k]))
         half = len(batches[k]) // 2
         batches[k : k + 1] = [batches[k][:half], batches[k][half:]]
