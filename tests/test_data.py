@@ -663,3 +663,12 @@ def test_means_keep_the_largest_under_a_name_that_ends_in_max():
 def test_means_of_nothing_are_empty():
     """No batch, no metric."""
     assert grpo.Means().result() == {}
+
+
+def test_a_completion_of_several_messages_is_refused():
+    """Only its first message would be trained on, and nobody would know."""
+    turns = [{"role": "assistant", "content": text} for text in ("2", "4")]
+    with pytest.raises(ValueError, match="messages"):
+        sft.encode_row(sft.tiny_tokenizer(), {"prompt": "1+1=", "completion": turns}, None, [1])
+    ids, mask = sft.encode_row(sft.tiny_tokenizer(), {"prompt": "1+1=", "completion": turns[:1]}, None, [1])
+    assert sft.tiny_tokenizer().decode([x for x, m in zip(ids, mask) if m]) == "2<|end|>"

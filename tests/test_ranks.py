@@ -270,3 +270,20 @@ def test_a_signal_to_torchrun_finishes_the_step_and_saves(data, tmp_path):
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = int(checkpoint.name.removeprefix("step-"))
     assert 2 <= step < 2000 and rows_of(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == step
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "word"),
+    [(name, {}, "--batch-size" if name in ("sft", "rm", "dpo") else "--prompts-per-step") for name in SCRIPTS]
+    + [("ppo", {"prompts_per_step": 16, "num_minibatches": 4}, "--num-minibatches")],
+)
+def test_too_few_rows_for_all_processes_are_refused_at_once(name, changes, word, monkeypatch):
+    """Before anything is loaded or removed, by the flag to raise: eight processes, and a row fewer or four minibatches
+    of four rows. With a row for each the settings stand."""
+    few = changes or {"batch_size" if name in ("sft", "rm", "dpo") else "prompts_per_step": 7}
+    few |= {"num_minibatches": 1} if name == "ppo" and not changes else {}
+    monkeypatch.setattr(SCRIPTS[name], "WORLD_SIZE", 8)
+    with pytest.raises(SystemExit, match=f"{word}.*8"):
+        SCRIPTS[name].Args(**few)
+    monkeypatch.setattr(SCRIPTS[name], "WORLD_SIZE", 4)
+    SCRIPTS[name].Args(**few)
