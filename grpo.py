@@ -26,7 +26,7 @@ Mask and normaliser: EOS is an action; each sequence is averaged over its action
 Truncation: a completion cut at `max_new_tokens` keeps its reward, less `missing_eos_penalty`.
 As in the paper; where it is silent: ddof 1, 1e-4, one update per rollout by default.
 
-Run:  python sft.py && python grpo.py                                       a laptop CPU, five minutes in all
+Run:  python sft.py && python grpo.py                                       a laptop CPU, six minutes in all
       python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k:main ...      one GPU, see README
       torchrun --nproc-per-node 8 grpo.py ...                                          several GPUs, see README
 

@@ -22,7 +22,7 @@ Truncation: none. A row longer than `max_length` is dropped and counted, never c
 Data: rows of prompt + completion, of messages (every assistant turn is trained, nothing else), or of question + answer
     (GSM8K as published). Where rows have an `answer`, accuracy is measured before, during and after.
 
-Run:  python sft.py                                                                     a laptop CPU, one minute
+Run:  python sft.py                                                           a laptop CPU, a minute and a half
       python sft.py --model Qwen/Qwen2.5-0.5B --dataset openai/gsm8k:main                    one GPU, see README
       torchrun --nproc-per-node 8 sft.py ...                                           several GPUs, see README
 

@@ -1376,13 +1376,14 @@ def test_a_run_without_a_checkpoint_keeps_nothing_of_the_one_before(data, tiny_f
 
 
 def test_a_tokenizer_with_several_chat_templates_is_saved_and_saved_again(data, tiny_folder, tmp_path):
-    """transformers writes all but the default one into a folder, which a second run has to replace."""
+    """transformers writes all but the default one into a folder, which a run that is extended has to replace."""
     model = shutil.copytree(tiny_folder, tmp_path / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": tokenizer.chat_template + "tools"}
     tokenizer.save_pretrained(model)
     assert (model / "additional_chat_templates").is_dir()
-    for changes in ({}, {"overwrite": True}, {"overwrite": True}):
-        run("sft", data, str(model), tmp_path / "out", **{"model": str(model), **changes})
+    for changes in ({"steps": 2}, {"steps": 4, "resume": True}, {"steps": 2, "overwrite": True}):
+        wanted = {"model": str(model), "lr_schedule": "constant", **changes}
+        run("sft", data, str(model), tmp_path / "out", **wanted)
         saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
         assert saved == tokenizer.chat_template
