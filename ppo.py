@@ -169,8 +169,14 @@ class Args:
     """Most tokens, padding included, in one forward and backward pass of a process, unless a single row has more."""
     rollout_batch_size: int = 1024
     """Most sequences decoded at once: bounds the KV cache."""
+    cache_memory: float = 0.5
+    """Largest share of a GPU's free memory for the KV cache; where it is too little, fewer are decoded at once."""
+    cuda_graphs: bool = False
+    """Replay a recorded decoding step: faster where Python, not the GPU, sets the pace (small models, few rows)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the layers that are trained (torch.compile): up to a minute at the start, then shorter steps."""
 
     # run
     seed: int = 0
@@ -700,18 +706,87 @@ def load_scorer(name: str, device, gradient_checkpointing: bool, flag: str, head
 # ------------------------------------------------------------------------------------------------------------- rollout
 
 
+class Decoder:
+    """The rows that are being sampled: their KV cache, the columns each row sees, the position of its last token."""
+
+    def __init__(self, model, cache, seen: Tensor, position: Tensor):
+        self.model, self.cache, self.seen, self.position = model, cache, seen, position
+
+    def keep(self, rows: Tensor):
+        """Goes on with these rows alone."""
+        self.cache.batch_select_indices(rows)
+        self.seen, self.position = self.seen[rows], self.position[rows]
+
+    def step(self, token: Tensor) -> Tensor:
+        """Reads the next token of each row, (rows, 1), and returns the logits of the one after it, (rows, 1, V)."""
+        self.seen = torch.cat([self.seen, self.seen.new_ones(len(token), 1)], 1)
+        self.position = self.position + 1
+        return self.forward(token)
+
+    def forward(self, token: Tensor) -> Tensor:
+        options = {"attention_mask": self.seen, "position_ids": self.position, "past_key_values": self.cache}
+        return self.model(input_ids=token, use_cache=True, **options).logits
+
+
+class GraphDecoder(Decoder):
+    """A Decoder whose step is a CUDA graph: its kernels are recorded once and then replayed, without Python between.
+
+    A graph works on the same addresses each time. So the cache has `room` for all new columns from the start, a mask
+    tells those in use, and `keep`, which ends the graph, is called only once half of the rows have ended. The result
+    of `step` is overwritten by the next one.
+    """
+
+    def __init__(self, model, cache, seen: Tensor, position: Tensor, room: int):
+        self.used = seen.shape[1]  # columns filled so far; the cache counts them too, on the device
+        seen = torch.nn.functional.pad(seen, (0, room)).bool()[:, None, None]  # (rows, 1, 1, P + room)
+        super().__init__(model, cache, seen, position)
+        self.keep(slice(None))
+
+    def keep(self, rows: Tensor | slice):
+        cache = transformers.StaticCache(self.model.config, max_cache_len=self.seen.shape[-1])
+        plain = all(type(layer) is transformers.cache_utils.StaticLayer for layer in cache.layers)
+        plain = (
+            plain and self.model.config._attn_implementation == "sdpa"
+        )  # others read a mask of zeros and ones as a sum
+        require(plain, "--cuda-graphs: this model has layers of other than full attention by SDPA")
+        for k, layer in enumerate(self.cache.layers):
+            cache.update(layer.keys[rows, :, : self.used], layer.values[rows, :, : self.used], k)
+            layer.keys = layer.values = None  # freed
+        self.cache, self.seen, self.position = cache, self.seen[rows], self.position[rows]
+        self.token, self.graph = torch.zeros_like(self.position), None
+
+    def step(self, token: Tensor) -> Tensor:
+        self.token.copy_(token)
+        self.seen[..., self.used] = True
+        self.position += 1
+        self.used += 1
+        if self.graph is not None:
+            self.graph.replay()
+            return self.logits
+        logits = self.forward(self.token)  # warms up what is recorded next
+        self.record()
+        return logits
+
+    def record(self):
+        """Records a step, on CUDA alone; elsewhere each step simply runs."""
+        if self.token.is_cuda:
+            self.graph = torch.cuda.CUDAGraph()
+            with end_on_error("--cuda-graphs: a step of this model cannot be recorded"), torch.cuda.graph(self.graph):
+                self.logits = self.forward(self.token)  # recorded, not run
+
+
 @torch.no_grad()
 def generate(
-    model, prompts: list, num_samples: int, max_new_tokens: int, temperature: float, eos_ids: list, uniforms: Tensor
+    model, prompts, num_samples: int, max_new_tokens: int, temperature: float, eos_ids, uniforms, graphs: bool = False
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Samples `num_samples` completions of each prompt: ids and their log-probabilities, prompt-major, B*G of each.
 
     prompts: B lists of ids. uniforms: (B*G, max_new_tokens) in [0, 1): row i draws token t from uniforms[i, t] by
     inverse CDF of softmax(logits / temperature), so what it samples depends neither on its neighbours nor on chunking.
     Temperature 0 is greedy, with log-probabilities at temperature 1. A completion ends with the first of `eos_ids`,
-    which it keeps, or at `max_new_tokens`. Nothing of the model's generation config applies.
+    which it keeps, or at `max_new_tokens`. Nothing of the model's generation config applies. graphs: see GraphDecoder.
 
-        prefill, once per prompt     decode, one row per sample; finished rows leave the batch
+        prefill, once per prompt     decode, one row per sample; finished rows leave the batch (graphs: by halves)
         [pad pad p0 p1] | .          left padding here alone: every row's next token has the same column
         [p0  p1  p2 p3] | .
     """
@@ -722,9 +797,14 @@ def generate(
     seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     position = (seen.cumsum(1) - 1).clamp(min=0)
     output = model(input_ids=ids, attention_mask=seen, position_ids=position, use_cache=True, logits_to_keep=1)
-    cache, unfinished = output.past_key_values, torch.arange(num_rows, device=device)
+    cache = output.past_key_values
     cache.batch_repeat_interleave(num_samples)
     logits, seen, position = (x.repeat_interleave(num_samples, 0) for x in (output.logits, seen, position[:, -1:]))
+    if graphs:
+        decoder = GraphDecoder(model, cache, seen, position, max_new_tokens)
+    else:
+        decoder = Decoder(model, cache, seen, position)
+    unfinished, ended = torch.arange(num_rows, device=device), torch.zeros(num_rows, dtype=torch.bool, device=device)
     tokens = torch.full((num_rows, max_new_tokens), -1, device=device)
     logprobs = torch.zeros(num_rows, max_new_tokens, device=device)
     precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
@@ -738,30 +818,51 @@ def generate(
             token = token.clamp(max=cdf.shape[1] - 1)
         else:
             token = step_logprobs.argmax(-1, keepdim=True)  # (rows left, 1)
-        tokens[unfinished, t], logprobs[unfinished, t] = token[:, 0], step_logprobs.gather(1, token)[:, 0]
-        left = (~torch.isin(token[:, 0], stops)).nonzero()[:, 0]
+        tokens[unfinished, t] = token[:, 0].masked_fill(ended, -1)
+        logprobs[unfinished, t] = step_logprobs.gather(1, token)[:, 0]
+        ended = ended | torch.isin(token[:, 0], stops)
+        left = (~ended).nonzero()[:, 0]
         if t + 1 == max_new_tokens or not len(left):
             break
-        if len(left) < len(unfinished):
-            cache.batch_select_indices(left)
-            unfinished, token, seen, position = unfinished[left], token[left], seen[left], position[left]
-        seen, position = torch.cat([seen, seen.new_ones(len(seen), 1)], 1), position + 1
-        logits = model(
-            input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True
-        ).logits
+        if len(left) <= (len(unfinished) // 2 if graphs else len(unfinished) - 1):
+            decoder.keep(left)
+            unfinished, token, ended = unfinished[left], token[left], ended[left]
+        logits = decoder.step(token)
     model.train(was_training)
     lengths, tokens, logprobs = (tokens >= 0).sum(1).tolist(), tokens.tolist(), logprobs.tolist()
     return [x[:k] for x, k in zip(tokens, lengths)], [x[:k] for x, k in zip(logprobs, lengths)]
 
 
-def rollout(sampler, prompts, num_samples, temperature, eos_ids, uniforms, batch_size) -> tuple[list, list]:
-    """`generate`, shared among the ranks, at most `batch_size` sequences at a time: the KV cache stays bounded."""
-    completions, logprobs, chunk = [], [], max(1, batch_size // num_samples)  # chunk: prompts at a time
+def free_memory(device: torch.device) -> float:
+    """Bytes of a GPU that tensors could still take; without bound elsewhere."""
+    if device.type != "cuda":
+        return math.inf
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
+@torch.no_grad()
+def cache_rows(sampler, length: int, share: float) -> float:
+    """How many sequences of `length` tokens have a KV cache that fits into this share of the free memory."""
+    free = free_memory(sampler.device)
+    if free == math.inf:  # a model in training mode may keep no cache
+        return free
+    token = torch.zeros(1, 1, dtype=torch.long, device=sampler.device)
+    cache = sampler(input_ids=token, use_cache=True).past_key_values
+    size = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers if x.keys is not None)  # bytes per token
+    return share * free / (size * length)
+
+
+def rollout(sampler, prompts, num_samples, temperature, eos_ids, uniforms, args) -> tuple[list, list]:
+    """`generate`, shared among the ranks, as many prompts at a time as `args` and the memory have room for."""
+    completions, logprobs = [], []
+    rows = cache_rows(sampler, max(map(len, prompts)) + uniforms.shape[1], args.cache_memory)
+    chunk = max(1, int(min(args.rollout_batch_size, rows)) // num_samples)  # prompts at a time
     first, end = (len(prompts) * rank // WORLD_SIZE for rank in (RANK, RANK + 1))
     for start in range(first, end, chunk):
         stop = min(start + chunk, end)
         draws = uniforms[start * num_samples : stop * num_samples]
-        parts = generate(sampler, prompts[start:stop], num_samples, uniforms.shape[1], temperature, eos_ids, draws)
+        part, length = prompts[start:stop], uniforms.shape[1]
+        parts = generate(sampler, part, num_samples, length, temperature, eos_ids, draws, args.cuda_graphs)
         completions, logprobs = completions + parts[0], logprobs + parts[1]
     shares = [(completions, logprobs)]  # of all ranks
     if WORLD_SIZE > 1:
@@ -784,7 +885,7 @@ def evaluate(sampler, tokenizer, rows, prompts, reward_of, args, eos_ids) -> dic
     metrics, answers = {}, [row.get("answer") for row in rows]
     uniforms = draw_uniforms(0, "evaluation", 0, len(prompts), args.max_new_tokens)
     for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-        completions, _ = rollout(sampler, prompts, 1, temperature, eos_ids, uniforms, args.rollout_batch_size)
+        completions, _ = rollout(sampler, prompts, 1, temperature, eos_ids, uniforms, args)
         texts = decode(tokenizer, completions, eos_ids)
         if None not in answers:
             metrics[f"eval/accuracy_{name}"] = sum(map(exact_match, texts, answers)) / len(rows)
@@ -884,12 +985,12 @@ def main(args: Args) -> dict[str, float]:
     reward_of([prompt_of(train_rows[0])], [""], train_rows[:1])  # what cannot work fails here, not after hours
 
     policy, reference = load_model(run.checkpoint or args.model, device, args.gradient_checkpointing), None
-    sampler, policy = sampling_copy(policy, device), shard(policy, device)
+    sampler, policy = sampling_copy(policy, device, args), shard(policy, device, args)
     value_name = f"{run.checkpoint}/value_model" if run.checkpoint else value_name
     value_model = load_scorer(value_name, device, args.gradient_checkpointing, value_flag, head_scale=0.0)
-    value_model = shard(value_model, device)
+    value_model = shard(value_model, device, args)
     if args.kl_coef or args.kl_stop:
-        reference = shard(load_model(args.model, device).requires_grad_(False), device)
+        reference = shard(load_model(args.model, device).requires_grad_(False), device, args)
     peak_lr = args.lr or (3e-4 if policy.num_parameters() < 10_000_000 else 1e-6)
     value_peak_lr = args.value_lr or (2e-3 if value_model.num_parameters() < 10_000_000 else 9e-6)
     adam = functools.partial(torch.optim.AdamW, betas=(0.9, args.adam_beta2), weight_decay=0.0, fused=True)
@@ -908,14 +1009,12 @@ def main(args: Args) -> dict[str, float]:
         if args.kl_stop and (run.rows[-1].get("kl_ref_seq") or 0.0) > args.kl_stop:  # here, so that --resume ends too
             print(f"stopped: kl_ref_seq {run.rows[-1]['kl_ref_seq']:.2f} has passed --kl-stop {args.kl_stop}")
             break
-        # (1) rollout: the completions of a prompt are neighbours, n = b * G + g
+        # (1) rollout: (N,) lists; the completions of a prompt are neighbours, n = b * G + g
         clock = time.perf_counter()
         chosen = shuffled_indices(len(train_rows), args.seed, "prompts", step, B)
         prompts = [train_prompts[i] for i in chosen]  # (B,)
         uniforms = draw_uniforms(args.seed, "rollout", step, B * G, args.max_new_tokens)
-        completions, sampling_logprobs = rollout(
-            sampler, prompts, G, args.temperature, eos_ids, uniforms, args.rollout_batch_size
-        )  # (N,) lists each
+        completions, sampling_logprobs = rollout(sampler, prompts, G, args.temperature, eos_ids, uniforms, args)
         rollout_seconds = time.perf_counter() - clock
 
         # (2) scores
@@ -1057,6 +1156,8 @@ def check_numbers(args: "Args"):
     for name in ("lr", "value_lr", "beta", "temperature", "clip_eps", "max_grad_norm", "target_kl", "kl_stop"):
         require(getattr(args, name, None) != 0, f"--{name.replace('_', '-')} must be above 0")
     require(args.adam_beta2 < 1, f"--adam-beta2 {args.adam_beta2}: must be below 1")
+    require(0 < getattr(args, "cache_memory", 1) <= 1, "--cache-memory must be above 0 and at most 1")
+    require(not getattr(args, "cuda_graphs", False) or torch.cuda.is_available(), "--cuda-graphs: there is no CUDA GPU")
     for name in ("batch_size", "prompts_per_step"):
         enough = getattr(args, name, WORLD_SIZE) >= WORLD_SIZE
         require(enough, f"--{name.replace('_', '-')}: must be at least {WORLD_SIZE}, a row for each process")
@@ -1232,9 +1333,9 @@ def prepare_model(model, device: torch.device, gradient_checkpointing: bool):
     return model
 
 
-def sampling_copy(model, device: torch.device):
+def sampling_copy(model, device: torch.device, args: "Args | None" = None):
     """What rollouts run on: an unsharded copy, in bfloat16 on CUDA; the model itself where that will do."""
-    if device.type != "cuda" and WORLD_SIZE == 1:
+    if device.type != "cuda" and WORLD_SIZE == 1 and not (args and args.compile):
         return model
     sampler = copy.deepcopy(model).requires_grad_(False).eval()
     for parameter in sampler.parameters():  # and no buffers: rotary frequencies need float32
@@ -1255,13 +1356,15 @@ def refresh(sampler, model):
             ours.copy_(whole(theirs))
 
 
-def shard(model, device: torch.device):
-    """The model with a share of each weight on every rank (FSDP2); as it is where there is but one."""
+def shard(model, device: torch.device, args: "Args | None" = None):
+    """The model with its layers compiled, if `args` say so, and a share of each weight on every rank (FSDP2)."""
+    layers = [x for x in model.modules() if type(x).__name__ in (model._no_split_modules or ())]
+    for layer in layers if args and args.compile else ():
+        layer.compile(dynamic=True)
     if WORLD_SIZE > 1:
         mesh = dist.init_device_mesh(device.type, (WORLD_SIZE,))
-        for module in model.modules():
-            if type(module).__name__ in model._no_split_modules:
-                fully_shard(module, mesh=mesh)
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward=True)  # so that its weights are always the sharded ones
     return model
 

@@ -177,7 +177,7 @@ def memory_bandwidth(device: torch.device) -> float:
 
 def rollout(
     model: str = "runs/sft", pairs: int = 5, num_prompts: int = 64, num_samples: int = 16, max_new_tokens: int = 64,
-    against: Literal["generate", "generate_batch"] = "generate",
+    against: Literal["generate", "generate_batch"] = "generate", cuda_graphs: bool = False,
 ):  # fmt: skip
     """The rollout against `model.generate`: same model, held-out prompts, sampling and limits, in tokens per second.
 
@@ -192,6 +192,7 @@ def rollout(
         num_samples: Completions sampled for each prompt.
         max_new_tokens: Longest completion, in tokens.
         against: The other side: `model.generate`, or the continuous batching of `model.generate_batch`.
+        cuda_graphs: As in the scripts.
     """
     print_machine()
     with tempfile.TemporaryDirectory() as folder:
@@ -203,6 +204,7 @@ def rollout(
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(x)) + x for x in prompts], device=device)
     seen = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=device)
     stops = torch.tensor(eos_ids, device=device)
+    settings = sft.Args(rollout_batch_size=num_rows, cuda_graphs=cuda_graphs)
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": max_new_tokens}
     options |= {"eos_token_id": eos_ids, "pad_token_id": tokenizer.pad_token_id}
 
@@ -210,7 +212,7 @@ def rollout(
         synchronize()
         clock = time.perf_counter()
         uniforms = grpo.draw_uniforms(0, "benchmark", draw, num_rows, max_new_tokens)
-        completions, _ = grpo.rollout(policy, prompts, num_samples, 1.0, eos_ids, uniforms, num_rows)
+        completions, _ = grpo.rollout(policy, prompts, num_samples, 1.0, eos_ids, uniforms, settings)
         synchronize()
         return sum(map(len, completions)), time.perf_counter() - clock
 
@@ -748,7 +750,7 @@ def part_seconds(settings: ppo.Args) -> dict[str, list[float]]:
         asked = rows[step * settings.prompts_per_step : (step + 1) * settings.prompts_per_step]
         prompts = [ppo.encode_prompt(tokenizer, row, None) for row in asked]
         draws = ppo.draw_uniforms(settings.seed, "parts", step, num_rows, settings.max_new_tokens)
-        sampling = (sampler, prompts, settings.group_size, 1.0, eos_ids, draws, settings.rollout_batch_size)
+        sampling = (sampler, prompts, settings.group_size, 1.0, eos_ids, draws, settings)
         completions, _ = timed("rollout", functools.partial(ppo.rollout, *sampling))
         asked, prompts = ([x for x in xs for _ in range(settings.group_size)] for xs in (asked, prompts))
         texts = ppo.decode(tokenizer, completions, eos_ids)
@@ -837,7 +839,7 @@ def training_flops(config, num_weights: int, num_rows: int, length: int) -> int:
 
 def train(
     model: str = "tiny", steps: int = 10, num_rows: int = 32, length: int = 128, micro_batch_tokens: int = 4096,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool = False, compile: bool = False,
 ):  # fmt: skip
     """Model FLOPs utilisation of a training step: SFT on rows of random tokens, through the functions of the scripts.
 
@@ -851,12 +853,14 @@ def train(
         length: Tokens per row.
         micro_batch_tokens: Most tokens in one forward and backward pass.
         gradient_checkpointing: As in the scripts.
+        compile: As in the scripts.
     """
     grpo.require(model in SHAPES, f"--model {model}: must be one of {list(SHAPES)}")
     grpo.require(steps >= 2, f"--steps {steps}: must be at least 2, the first is not counted")
     print_machine()
     device = grpo.pick_device()
     policy = grpo.to_device(random_model(model), device, gradient_checkpointing)
+    policy = grpo.shard(policy, device, grpo.Args(compile=compile))
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-4, (0.9, 0.99), weight_decay=0.0, fused=True)
     seconds, generator = [], torch.Generator().manual_seed(0)
     for _ in range(steps):
@@ -901,7 +905,7 @@ def measure_step(vocabulary: int, num_prompts: int, num_samples: int, max_new_to
     def step(length: int) -> tuple[float, float]:
         clock = time.perf_counter()
         draws = grpo.draw_uniforms(0, "scale", length, num_rows, length)
-        completions, _ = grpo.rollout(sampler, prompts, num_samples, 1.0, [], draws, grpo.Args.rollout_batch_size)
+        completions, _ = grpo.rollout(sampler, prompts, num_samples, 1.0, [], draws, grpo.Args())
         synchronize()
         middle = time.perf_counter()
         rows = [(prompts[n // num_samples] + x, [0] * 16 + [1] * len(x)) for n, x in enumerate(completions)]

@@ -184,6 +184,9 @@ BAD_NUMBERS = [
     ("all", "max_grad_norm", -1.0),
     ("all", "micro_batch_tokens", 0),
     ("all", "rollout_batch_size", 0),
+    ("all", "cache_memory", 0.0),
+    ("all", "cache_memory", 1.5),
+    ("all", "cache_memory", math.nan),
     ("all", "eval_every", 0),
     ("all", "eval_size", 0),
     ("all", "eval_size", -8),
@@ -283,6 +286,13 @@ UNFIT = [(name, changes, flags) for who, changes, flags in UNFIT for name in ("p
 def test_settings_that_do_not_fit_each_other_are_refused(name, changes, flags, data, tiny_folder, tmp_path):
     """Sizes that do not divide, a weight too few or too many, and half of a pair of flags name the flags to change."""
     refused(name, settings(name, data, tiny_folder, tmp_path / "out", **changes), *flags)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+@pytest.mark.parametrize("name", ["sft", "dpo", "ppo", "grpo"])
+def test_cuda_graphs_need_cuda(name, data, tiny_folder, tmp_path):
+    """Refused before anything is loaded."""
+    refused(name, settings(name, data, tiny_folder, tmp_path / "out", cuda_graphs=True), "--cuda-graphs")
 
 
 def test_ppo_takes_what_grpo_must_refuse(data, tiny_folder, tmp_path):

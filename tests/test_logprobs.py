@@ -1,5 +1,7 @@
 """token_logprobs against the model's own logits, and gradients that do not depend on how a step is split."""
 
+import shutil
+
 import pytest
 import torch
 import transformers
@@ -252,6 +254,32 @@ def test_gradient_checkpointing_changes_neither_values_nor_gradients():
         results.append((logprobs, gradient_of((weights_of(mask, 1) * logprobs + entropy).sum(), model)))
     assert torch.allclose(results[0][0], results[1][0], atol=1e-6)
     assert_equal_gradients(results[1][1], results[0][1])
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler here")
+def test_compile_changes_neither_values_nor_gradients():
+    """Batches of several shapes through one program for all layers; the copy that samples does without."""
+    plain = grpo.prepare_model(random_model("qwen3"), CPU, False)
+    model = grpo.prepare_model(random_model("qwen3"), CPU, False)
+    args = grpo.Args(compile=True)
+    sampler, model = grpo.sampling_copy(model, CPU, args), grpo.shard(model, CPU, args)
+    torch._dynamo.utils.counters.clear()
+    for rows, width in ((4, 12), (3, 9), (7, 20), (4, 12)):
+        generator = torch.Generator().manual_seed(width)
+        ids = torch.randint(1, VOCAB, (rows, width), generator=generator)
+        mask = (torch.arange(width) >= torch.randint(1, width, (rows, 1), generator=generator)).float()
+        results = []
+        for x in (plain, model):
+            logprobs, entropy = grpo.token_logprobs(x, ids, mask)
+            results.append((logprobs, gradient_of((weights_of(mask, 1) * logprobs + entropy).sum(), x)))
+        assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
+        assert_equal_gradients(results[1][1], results[0][1])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    sampled = [grpo.generate(x, [[5, 6, 7], [8]], 2, 4, 0.0, [1], torch.zeros(4, 4))[0] for x in (plain, sampler)]
+    assert sampled[0] == sampled[1] and not torch._dynamo.utils.counters["stats"]
 
 
 ODD_HEADS = {

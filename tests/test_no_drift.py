@@ -13,7 +13,7 @@ TOP_LEVEL = [name for name in SCRIPTS if "/" not in name]
 VARIANTS = [name for name in SCRIPTS if "/" in name]
 PLUMBING = f"# {'-' * 108} plumbing"
 # Most lines from the header to the end of main, and of the plumbing below it. Caps, not targets.
-BUDGETS = {"sft.py": 580, "rm.py": 555, "dpo.py": 775, "grpo.py": 845, "ppo.py": 1025}
+BUDGETS = {"sft.py": 680, "rm.py": 555, "dpo.py": 880, "grpo.py": 945, "ppo.py": 1125}
 PLUMBING_BUDGET = 625
 
 
@@ -61,7 +61,7 @@ def test_fields_of_one_name_have_one_type_and_one_help_text(pair):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_field_has_a_help_text_and_is_read(name):
     source = SCRIPTS[name]
-    assert len(fields(source)) <= 50
+    assert len(fields(source)) <= 51
     for field, (_, text) in fields(source).items():
         assert text, f"{field} has no help text"
         assert re.search(rf"\bargs\.{field}\b", source), f"{field} is never read"

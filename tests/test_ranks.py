@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,6 +227,16 @@ def test_two_ranks_give_the_run_of_one(name, data, tmp_path):
     run(name, 2, settings(name, data, one, resume=True, **rest))
     assert_close(one, alone)
     assert_close(two, alone)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler here")
+def test_two_ranks_that_compile_give_the_run_of_one_that_does_not(data, tmp_path):
+    """Layers are compiled first and sharded then; the copy that samples is neither."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    run("sft", 1, settings("sft", data, one, steps=2))
+    printed = run("sft", 2, settings("sft", data, two, steps=2, compile=True))
+    assert "recompile_limit" not in printed
+    assert_close(two, one)
 
 
 def test_several_epochs_and_minibatches_on_two_ranks(data, tmp_path):

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 import grpo
+import sft
 
 VOCAB = 48
 SHAPE = {
@@ -248,6 +249,13 @@ def test_greedy_does_not_depend_on_the_draws():
 # -------------------------------------------------------------------------------------------------------- independence
 
 
+def count_rows(model, rows):
+    """Has the number of rows of each forward pass appended to `rows`."""
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+
+
 def close(a, b):
     """Log-probabilities of rows, equal up to rounding."""
     return all(x == pytest.approx(y, abs=1e-4) for x, y in zip(a, b, strict=True))
@@ -258,18 +266,33 @@ def test_rollout_does_not_depend_on_how_many_are_decoded_at_once(batch_size):
     """From one prompt at a time to all of them: the same completions in the same order."""
     model, uniforms = random_model(), draws(20, 10)
     expected, expected_logprobs = grpo.generate(model, PROMPTS, 4, 10, 1.0, [1, 7, 9], uniforms)
-    completions, logprobs = grpo.rollout(model, PROMPTS, 4, 1.0, [1, 7, 9], uniforms, batch_size)
+    settings = sft.Args(rollout_batch_size=batch_size)
+    completions, logprobs = grpo.rollout(model, PROMPTS, 4, 1.0, [1, 7, 9], uniforms, settings)
     assert completions == expected and close(logprobs, expected_logprobs)
 
 
 def test_rollout_bounds_the_sequences_decoded_at_once():
-    """With 4 samples per prompt, batch_size 8 decodes two prompts at a time: no forward pass has more than 8 rows."""
+    """With 4 samples per prompt, 8 at once are two prompts at a time: no forward pass has more than 8 rows."""
     model, rows = random_model(), []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    grpo.rollout(model, PROMPTS, 4, 1.0, [], draws(20, 3), 8)
+    count_rows(model, rows)
+    grpo.rollout(model, PROMPTS, 4, 1.0, [], draws(20, 3), sft.Args(rollout_batch_size=8))
     assert max(rows) == 8
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1.0, 12), (0.5, 4), (1e-6, 4)])
+def test_the_memory_that_is_free_bounds_the_sequences_decoded_at_once(monkeypatch, share, expected):
+    """A token takes 2 layers x 1 head x 16 x 4 bytes x (keys and values) = 256 bytes; the longest prompt has 9 tokens.
+
+    With 3 new ones a row takes 256 * 12 = 3,072 bytes. Of 44,000 free bytes all hold 14.3 rows, so 3 prompts of 4
+    samples; half of them 7.2, so one prompt, and one prompt it is at least.
+    """
+    monkeypatch.setattr(grpo, "free_memory", lambda device: 44_000)
+    model, rows = random_model(), []
+    uniforms = draws(20, 3)
+    expected_completions, _ = grpo.generate(model, PROMPTS, 4, 3, 1.0, [], uniforms)
+    count_rows(model, rows)
+    completions, _ = grpo.rollout(model, PROMPTS, 4, 1.0, [], uniforms, sft.Args(cache_memory=share))
+    assert max(rows) == expected and completions == expected_completions
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral, window 4"])
@@ -371,3 +394,72 @@ def test_inputs_and_weights_are_left_alone_and_nothing_is_differentiated():
     grpo.generate(model, prompts, 2, 4, 1.0, [1], uniforms)
     assert prompts == PROMPTS and torch.equal(before, uniforms)
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(weights, model.parameters()))
+
+
+# --------------------------------------------------------------------------------------------------------- CUDA graphs
+
+
+class Recorded:
+    """A CUDA graph without CUDA: replays the recorded step on the very tensors that it was recorded with.
+
+    What a real graph would not see, tensors that are replaced instead of changed, this one does not see either. The
+    Python of the cache does run again here: GraphDecoder refuses layers that count in Python.
+    """
+
+    replays = 0
+
+    def replay(self):
+        self.logits.copy_(self.step())
+        Recorded.replays += 1
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """GraphDecoder records on the CPU too."""
+
+    def record(decoder):
+        token = decoder.token
+        frozen = grpo.Decoder(decoder.model, decoder.cache, decoder.seen, decoder.position)
+        decoder.graph = Recorded()
+        decoder.graph.step = lambda: frozen.forward(token)
+        decoder.graph.logits = decoder.logits = torch.full((len(token), 1, decoder.model.config.vocab_size), math.nan)
+
+    monkeypatch.setattr(grpo.GraphDecoder, "record", record)
+    monkeypatch.setattr(Recorded, "replays", 0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
+@pytest.mark.parametrize("with_graph", [False, True])
+def test_fixed_shapes_change_nothing(family, temperature, with_graph, request):
+    """A cache with room for all columns, and rows that stay behind their end: the same completions."""
+    if with_graph:
+        request.getfixturevalue("recorded")
+    model, uniforms, eos_ids = random_model(family), draws(20, 12), [1, 7, 9, 30, 31, 32, 33]
+    expected, expected_logprobs = grpo.generate(model, PROMPTS, 4, 12, temperature, eos_ids, uniforms)
+    completions, logprobs = grpo.generate(model, PROMPTS, 4, 12, temperature, eos_ids, uniforms, graphs=True)
+    assert completions == expected and close(logprobs, expected_logprobs)
+    assert len({len(completion) for completion in expected}) > 1  # they end at different steps
+    assert (Recorded.replays > 0) == with_graph
+
+
+def test_with_graphs_the_batch_shrinks_when_half_of_it_has_ended():
+    """The rows of each step: always the first number, or at most half of the one before; without graphs, one by one."""
+    model, uniforms, eos_ids = random_model(), draws(20, 12), list(range(1, 12))
+    for graphs in (True, False):
+        rows = []
+        count_rows(model, rows)
+        completions, _ = grpo.generate(model, PROMPTS, 4, 12, 1.0, eos_ids, uniforms, graphs=graphs)
+        left = [sum(len(x) > t for x in completions) for t in range(1, max(map(len, completions)))]
+        size, expected = 20, []
+        for unfinished in left:
+            if not graphs or 2 * unfinished <= size:
+                size = unfinished
+            expected.append(size)
+        assert rows[1:] == expected and len(set(expected)) > 2  # the first pass is the prefill
+
+
+def test_graphs_need_full_attention():
+    """A sliding window keeps its place in Python, which a graph does not run."""
+    with pytest.raises(SystemExit, match="--cuda-graphs"):
+        grpo.generate(random_model("mistral, window 4"), PROMPTS, 1, 4, 0.0, [], draws(5, 4), graphs=True)
