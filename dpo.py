@@ -40,7 +40,7 @@ Metrics (metrics.jsonl), and what healthy looks like:
   chosen_reward, rejected_reward    implicit; the first should not fall far below 0
   chosen_logps, rejected_logps      nats per completion; both fall together: lower --lr, or a larger --beta
   grad_norm, lr           the norm before clipping
-  eval/...                the first seven on held-out pairs, eval/loss without smoothing; before/... at step 0
+  eval/...                the first seven on held-out pairs, eval/loss without smoothing; at step 0 too
   eval/accuracy_sampled, eval/accuracy_greedy, eval/answered_*    held-out prompts, where rows have an `answer`
   skipped_updates         updates left out so far because they were not finite
 
@@ -120,7 +120,7 @@ class Args:
     epochs: int = 1
     """Passes over the training rows."""
     steps: int | None = None
-    """Optimizer steps; default: all `epochs`. Online: rollouts; default: 200 in grpo.py, 70 in ppo.py."""
+    """Optimizer steps (default: all epochs); in grpo.py and ppo.py rollouts (default: 200 and 70)."""
     batch_size: int = 64
     """Rows per optimizer step."""  # paper: 64
     lr: float | None = None
@@ -594,7 +594,7 @@ class Decoder:
 
 
 class GraphDecoder(Decoder):
-    """A Decoder whose step is a CUDA graph: its kernels are recorded once and then replayed, without Python between.
+    """A Decoder whose step is a CUDA graph: recorded once for each batch size, then replayed without Python between.
 
     A graph works on the same addresses each time. So the cache has `room` for all new columns from the start, a mask
     tells those in use, and `keep`, which ends the graph, is called only once half of the rows have ended. The result
@@ -609,11 +609,9 @@ class GraphDecoder(Decoder):
 
     def keep(self, rows: Tensor | slice):
         cache = transformers.StaticCache(self.model.config, max_cache_len=self.seen.shape[-1])
+        sdpa = self.model.config._attn_implementation == "sdpa"  # other kinds would add a boolean mask as 0 and 1
         plain = all(type(layer) is transformers.cache_utils.StaticLayer for layer in cache.layers)
-        plain = (
-            plain and self.model.config._attn_implementation == "sdpa"
-        )  # others read a mask of zeros and ones as a sum
-        require(plain, "--cuda-graphs: this model has layers of other than full attention by SDPA")
+        require(sdpa and plain, "--cuda-graphs: not every layer of this model has full attention, computed by SDPA")
         for k, layer in enumerate(self.cache.layers):
             cache.update(layer.keys[rows, :, : self.used], layer.values[rows, :, : self.used], k)
             layer.keys = layer.values = None  # freed
@@ -633,7 +631,7 @@ class GraphDecoder(Decoder):
         return logits
 
     def record(self):
-        """Records a step, on CUDA alone; elsewhere each step simply runs."""
+        """Records a step, on CUDA; on the CPU (in tests) each step simply runs."""
         if self.token.is_cuda:
             self.graph = torch.cuda.CUDAGraph()
             with end_on_error("--cuda-graphs: a step of this model cannot be recorded"), torch.cuda.graph(self.graph):
@@ -647,7 +645,7 @@ def generate(
     """Samples `num_samples` completions of each prompt: ids and their log-probabilities, prompt-major, B*G of each.
 
     prompts: B lists of ids. uniforms: (B*G, max_new_tokens) in [0, 1): row i draws token t from uniforms[i, t] by
-    inverse CDF of softmax(logits / temperature), so what it samples depends neither on its neighbours nor on chunking.
+    inverse CDF of softmax(logits / temperature), so but for rounding its neighbours do not matter, nor does chunking.
     Temperature 0 is greedy, with log-probabilities at temperature 1. A completion ends with the first of `eos_ids`,
     which it keeps, or at `max_new_tokens`. Nothing of the model's generation config applies. graphs: see GraphDecoder.
 
@@ -665,10 +663,9 @@ def generate(
     cache = output.past_key_values
     cache.batch_repeat_interleave(num_samples)
     logits, seen, position = (x.repeat_interleave(num_samples, 0) for x in (output.logits, seen, position[:, -1:]))
+    decoder = Decoder(model, cache, seen, position)
     if graphs:
-        decoder = GraphDecoder(model, cache, seen, position, max_new_tokens)
-    else:
-        decoder = Decoder(model, cache, seen, position)
+        decoder = GraphDecoder(model, cache, seen, position, room=max_new_tokens)
     unfinished, ended = torch.arange(num_rows, device=device), torch.zeros(num_rows, dtype=torch.bool, device=device)
     tokens = torch.full((num_rows, max_new_tokens), -1, device=device)
     logprobs = torch.zeros(num_rows, max_new_tokens, device=device)
@@ -689,7 +686,8 @@ def generate(
         left = (~ended).nonzero()[:, 0]
         if t + 1 == max_new_tokens or not len(left):
             break
-        if len(left) <= (len(unfinished) // 2 if graphs else len(unfinished) - 1):
+        limit = len(unfinished) // 2 if graphs else len(unfinished) - 1
+        if len(left) <= limit:
             decoder.keep(left)
             unfinished, token, ended = unfinished[left], token[left], ended[left]
         logits = decoder.step(token)
@@ -709,7 +707,7 @@ def free_memory(device: torch.device) -> float:
 def cache_rows(sampler, length: int, share: float) -> float:
     """How many sequences of `length` tokens have a KV cache that fits into this share of the free memory."""
     free = free_memory(sampler.device)
-    if free == math.inf:  # a model in training mode may keep no cache
+    if free == math.inf:  # no bound; and on the CPU the sampler is the model in training mode, which may keep no cache
         return free
     token = torch.zeros(1, 1, dtype=torch.long, device=sampler.device)
     cache = sampler(input_ids=token, use_cache=True).past_key_values
@@ -719,16 +717,16 @@ def cache_rows(sampler, length: int, share: float) -> float:
 
 def rollout(sampler, prompts, num_samples, temperature, eos_ids, uniforms, args) -> tuple[list, list]:
     """`generate`, shared among the ranks, as many prompts at a time as `args` and the memory have room for."""
-    completions, logprobs = [], []
-    rows = cache_rows(sampler, max(map(len, prompts)) + uniforms.shape[1], args.cache_memory)
+    completions, logprobs, length = [], [], uniforms.shape[1]
+    rows = cache_rows(sampler, max(map(len, prompts)) + length, args.cache_memory)
     chunk = max(1, int(min(args.rollout_batch_size, rows)) // num_samples)  # prompts at a time
     first, end = (len(prompts) * rank // WORLD_SIZE for rank in (RANK, RANK + 1))
     for start in range(first, end, chunk):
         stop = min(start + chunk, end)
         draws = uniforms[start * num_samples : stop * num_samples]
-        part, length = prompts[start:stop], uniforms.shape[1]
-        parts = generate(sampler, part, num_samples, length, temperature, eos_ids, draws, args.cuda_graphs)
-        completions, logprobs = completions + parts[0], logprobs + parts[1]
+        part = prompts[start:stop]
+        found = generate(sampler, part, num_samples, length, temperature, eos_ids, draws, args.cuda_graphs)
+        completions, logprobs = completions + found[0], logprobs + found[1]
     shares = [(completions, logprobs)]  # of all ranks
     if WORLD_SIZE > 1:
         shares = [None] * WORLD_SIZE
@@ -1461,7 +1459,7 @@ class Run:
         if self.wandb:
             self.wandb.finish()
         if dist.is_initialized():
-            over_ranks(torch.zeros(1))  # on the CPU, where waiting for the first to write is not limited to ten minutes
+            over_ranks(torch.zeros(1))  # waits until the first has written
             dist.destroy_process_group()
 
     def finish(self, steps: int, model, tokenizer) -> dict[str, float]:

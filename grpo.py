@@ -7,8 +7,8 @@
 Raise the reward, less a penalty on the KL to the reference, without a value model: the baseline of a completion is the
 mean reward of the `group_size` completions of the same prompt. The loss that is minimised:
 
-    loss     = -1/num_sequences * sum_n 1/|y_n| * sum_t objective[n, t] - entropy_coef * entropy + sft_coef * sft_loss
-    objective = min(ratio * A_n, clip(ratio, 1 - clip_eps, 1 + clip_eps) * A_n) - kl_coef * k3
+    loss     = -1/N * sum_n 1/|y_n| * sum_t objective[n, t] - entropy_coef * entropy + sft_coef * sft_loss
+    objective = w * min(ratio * A_n, clip(ratio, 1 - clip_eps, 1 + clip_eps) * A_n) - kl_coef * k3     w: 1, or `is_cap`
     ratio    = exp(logprobs - old_logprobs)                 old: the first epoch's own, detached, so exactly 1 there
     A_n      = (reward_n - mean_group) / (std_group + 1e-4)                          std with ddof 1; 0 if all are equal
     k3       = exp(ref_logprobs - logprobs) - (ref_logprobs - logprobs) - 1          >= 0
@@ -16,32 +16,32 @@ mean reward of the `group_size` completions of the same prompt. The loss that is
 Each step:  (1) rollout: `prompts_per_step` prompts, `group_size` samples each, no top-k, no top-p
             (2) rewards, one number per completion        (3) advantages within each group
             (4) `num_epochs` times: loss and gradient over all micro-batches, then (5) one update. Rows of advantage 0
-                are left out where neither KL nor entropy acts on them; num_sequences counts them all the same
+                are left out where neither KL nor entropy acts on them; N = B*G counts them all the same
 
 Signal: one verifiable or learned reward per completion, spread evenly over its tokens.
 KL: k3 per token inside the loss. Over the policy's own samples its value estimates KL(policy || reference) without
-    bias; its gradient, prefixes held fixed, is that of KL(reference || policy). Reference: the policy as it was loaded.
-Mask and normaliser: EOS is an action; each sequence is averaged over its actions, then over the sequences of the
-    whole step. Short completions therefore weigh more per token; a token mean is another algorithm.
+    bias; its gradient, prefixes held fixed, is that of KL(reference || policy). Reference: `model`, frozen.
+Mask and normaliser: EOS is an action; each sequence is averaged over its actions, then over the N sequences of the
+    whole step (entropy too). Short completions therefore weigh more per token; a token mean is another algorithm.
 Truncation: a completion cut at `max_new_tokens` keeps its reward, less `missing_eos_penalty`.
-As in the paper; where it is silent: ddof 1, 1e-4, one update per rollout by default.
+As in the paper, with its one update per rollout; where it is silent: ddof 1, 1e-4, clip_eps, Adam's betas.
 
 Run:  python sft.py && python grpo.py                                       a laptop CPU, six minutes in all
       python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k:main ...      one GPU, see README
       torchrun --nproc-per-node 8 grpo.py ...                                          several GPUs, see README
 
 Metrics (metrics.jsonl), and what healthy looks like:
-  loss                    near 0 by construction (ratio 1, advantages sum to 0): watch reward and grad_norm instead
-  reward, reward_std, reward/NAME    after `missing_eos_penalty`, and by name; std -> 0: nothing left to learn from
+  loss                    with one epoch little but kl_coef * KL (ratio 1, advantages sum to 0): watch reward instead
+  reward, reward_std, reward/NAME    after `missing_eos_penalty`, and by name; std of the whole batch
   frac_zero_std           groups without signal (all right or all wrong); above 0.8 the prompts are too easy or too hard
-  adv_abs_mean, grad_norm, lr, frac_trained    0 for the first two: no signal; share of completions that were computed
+  adv_abs_mean, frac_trained, grad_norm, lr    0: no signal; share of completions that were computed; before clipping
   sft_loss                nats per token of the mixed-in demonstrations, before `sft_coef`
   kl_ref_k1, kl_ref_k3    KL to the reference per token; kl_ref_seq: per completion, healthy below 10 to 15
-  approx_kl_old, clip_frac    the policy in the step's last epoch against the one that sampled: 0 with one epoch; < 0.3
+  approx_kl_old, clip_frac    the last epoch's policy against that which sampled: 0 with one epoch; below 0.05; 0.3
   entropy                 of the distribution at `temperature`, over the completions trained; a steady fall is collapse
   completion_length, truncated_frac  tokens, EOS included; share cut at `max_new_tokens`
   sampling_gap_max, sampling_gap_mean    |sampling - training log-probability|: below 1e-3 in float32
-  eval/accuracy_sampled, eval/accuracy_greedy, eval/answered_*, eval/reward_*    held-out prompts; before/... at step 0
+  eval/accuracy_sampled, eval/accuracy_greedy, eval/answered_*, eval/reward_*    held-out prompts, without the penalty
   skipped_updates, is_weight    updates left out so far, not finite; mean of the weights that `is_cap` bounds: near 1
 
 Dimensions: B prompts, G samples per prompt, N = B*G sequences, L tokens (prompt + completion), V vocabulary, D hidden.
@@ -112,13 +112,13 @@ class Args:
 
     # algorithm
     steps: int | None = None
-    """Optimizer steps; default: all `epochs`. Online: rollouts; default: 200 in grpo.py, 70 in ppo.py."""
+    """Optimizer steps (default: all epochs); in grpo.py and ppo.py rollouts (default: 200 and 70)."""
     prompts_per_step: int = 32
-    """Prompts per rollout."""  # paper: 1024 / 64 = 16
+    """Prompts per rollout."""  # paper: 1024 / 64 = 16, its batch of 1024 being completions
     group_size: int = 8
     """Completions sampled per prompt."""  # paper: 64
     temperature: float = 1.0
-    """Divides the logits when sampling and in every log-probability."""  # paper: 1.0
+    """Divides the logits when sampling and in every log-probability of a sample."""
     num_epochs: int = 1
     """Passes over each rollout."""  # paper: 1
     clip_eps: float = 0.2
@@ -617,7 +617,7 @@ class Decoder:
 
 
 class GraphDecoder(Decoder):
-    """A Decoder whose step is a CUDA graph: its kernels are recorded once and then replayed, without Python between.
+    """A Decoder whose step is a CUDA graph: recorded once for each batch size, then replayed without Python between.
 
     A graph works on the same addresses each time. So the cache has `room` for all new columns from the start, a mask
     tells those in use, and `keep`, which ends the graph, is called only once half of the rows have ended. The result
@@ -632,11 +632,9 @@ class GraphDecoder(Decoder):
 
     def keep(self, rows: Tensor | slice):
         cache = transformers.StaticCache(self.model.config, max_cache_len=self.seen.shape[-1])
+        sdpa = self.model.config._attn_implementation == "sdpa"  # other kinds would add a boolean mask as 0 and 1
         plain = all(type(layer) is transformers.cache_utils.StaticLayer for layer in cache.layers)
-        plain = (
-            plain and self.model.config._attn_implementation == "sdpa"
-        )  # others read a mask of zeros and ones as a sum
-        require(plain, "--cuda-graphs: this model has layers of other than full attention by SDPA")
+        require(sdpa and plain, "--cuda-graphs: not every layer of this model has full attention, computed by SDPA")
         for k, layer in enumerate(self.cache.layers):
             cache.update(layer.keys[rows, :, : self.used], layer.values[rows, :, : self.used], k)
             layer.keys = layer.values = None  # freed
@@ -656,7 +654,7 @@ class GraphDecoder(Decoder):
         return logits
 
     def record(self):
-        """Records a step, on CUDA alone; elsewhere each step simply runs."""
+        """Records a step, on CUDA; on the CPU (in tests) each step simply runs."""
         if self.token.is_cuda:
             self.graph = torch.cuda.CUDAGraph()
             with end_on_error("--cuda-graphs: a step of this model cannot be recorded"), torch.cuda.graph(self.graph):
@@ -670,7 +668,7 @@ def generate(
     """Samples `num_samples` completions of each prompt: ids and their log-probabilities, prompt-major, B*G of each.
 
     prompts: B lists of ids. uniforms: (B*G, max_new_tokens) in [0, 1): row i draws token t from uniforms[i, t] by
-    inverse CDF of softmax(logits / temperature), so what it samples depends neither on its neighbours nor on chunking.
+    inverse CDF of softmax(logits / temperature), so but for rounding its neighbours do not matter, nor does chunking.
     Temperature 0 is greedy, with log-probabilities at temperature 1. A completion ends with the first of `eos_ids`,
     which it keeps, or at `max_new_tokens`. Nothing of the model's generation config applies. graphs: see GraphDecoder.
 
@@ -688,10 +686,9 @@ def generate(
     cache = output.past_key_values
     cache.batch_repeat_interleave(num_samples)
     logits, seen, position = (x.repeat_interleave(num_samples, 0) for x in (output.logits, seen, position[:, -1:]))
+    decoder = Decoder(model, cache, seen, position)
     if graphs:
-        decoder = GraphDecoder(model, cache, seen, position, max_new_tokens)
-    else:
-        decoder = Decoder(model, cache, seen, position)
+        decoder = GraphDecoder(model, cache, seen, position, room=max_new_tokens)
     unfinished, ended = torch.arange(num_rows, device=device), torch.zeros(num_rows, dtype=torch.bool, device=device)
     tokens = torch.full((num_rows, max_new_tokens), -1, device=device)
     logprobs = torch.zeros(num_rows, max_new_tokens, device=device)
@@ -712,7 +709,8 @@ def generate(
         left = (~ended).nonzero()[:, 0]
         if t + 1 == max_new_tokens or not len(left):
             break
-        if len(left) <= (len(unfinished) // 2 if graphs else len(unfinished) - 1):
+        limit = len(unfinished) // 2 if graphs else len(unfinished) - 1
+        if len(left) <= limit:
             decoder.keep(left)
             unfinished, token, ended = unfinished[left], token[left], ended[left]
         logits = decoder.step(token)
@@ -732,7 +730,7 @@ def free_memory(device: torch.device) -> float:
 def cache_rows(sampler, length: int, share: float) -> float:
     """How many sequences of `length` tokens have a KV cache that fits into this share of the free memory."""
     free = free_memory(sampler.device)
-    if free == math.inf:  # a model in training mode may keep no cache
+    if free == math.inf:  # no bound; and on the CPU the sampler is the model in training mode, which may keep no cache
         return free
     token = torch.zeros(1, 1, dtype=torch.long, device=sampler.device)
     cache = sampler(input_ids=token, use_cache=True).past_key_values
@@ -742,16 +740,16 @@ def cache_rows(sampler, length: int, share: float) -> float:
 
 def rollout(sampler, prompts, num_samples, temperature, eos_ids, uniforms, args) -> tuple[list, list]:
     """`generate`, shared among the ranks, as many prompts at a time as `args` and the memory have room for."""
-    completions, logprobs = [], []
-    rows = cache_rows(sampler, max(map(len, prompts)) + uniforms.shape[1], args.cache_memory)
+    completions, logprobs, length = [], [], uniforms.shape[1]
+    rows = cache_rows(sampler, max(map(len, prompts)) + length, args.cache_memory)
     chunk = max(1, int(min(args.rollout_batch_size, rows)) // num_samples)  # prompts at a time
     first, end = (len(prompts) * rank // WORLD_SIZE for rank in (RANK, RANK + 1))
     for start in range(first, end, chunk):
         stop = min(start + chunk, end)
         draws = uniforms[start * num_samples : stop * num_samples]
-        part, length = prompts[start:stop], uniforms.shape[1]
-        parts = generate(sampler, part, num_samples, length, temperature, eos_ids, draws, args.cuda_graphs)
-        completions, logprobs = completions + parts[0], logprobs + parts[1]
+        part = prompts[start:stop]
+        found = generate(sampler, part, num_samples, length, temperature, eos_ids, draws, args.cuda_graphs)
+        completions, logprobs = completions + found[0], logprobs + found[1]
     shares = [(completions, logprobs)]  # of all ranks
     if WORLD_SIZE > 1:
         shares = [None] * WORLD_SIZE
@@ -817,8 +815,9 @@ def main(args: Args) -> dict[str, float]:
     reward_of = functools.partial(compute_rewards, functions, args.reward_weights or [1.0] * len(functions))
     reward_of([prompt_of(train_rows[0])], [""], train_rows[:1])  # what cannot work fails here, not after hours
 
-    policy, reference = load_model(run.checkpoint or args.model, device, args.gradient_checkpointing), None
-    sampler, policy = sampling_copy(policy, device, args), shard(policy, device, args)
+    policy = load_model(run.checkpoint or args.model, device, args.gradient_checkpointing)
+    sampler = sampling_copy(policy, device, args)  # before the weights are shared out
+    policy, reference = shard(policy, device, args), None
     if args.kl_coef or args.kl_stop:
         reference = shard(load_model(args.model, device).requires_grad_(False), device, args)
     peak_lr = args.lr or (3e-4 if policy.num_parameters() < 10_000_000 else 1e-6)
@@ -853,22 +852,23 @@ def main(args: Args) -> dict[str, float]:
         # (3) advantages
         advantages = group_advantages(rewards, G)  # (N,)
 
-        # (4) loss: a row of advantage 0 has gradient 0 and is not computed, unless KL or entropy act on it too
+        # (4) loss: a row of advantage 0 has gradient 0 and is not computed, unless KL or entropy need it
         all_rows = reference is not None or args.entropy_coef > 0
         trained = [n for n in range(B * G) if all_rows or advantages[n] != 0]
         left_out = sorted(set(range(B * G)) - set(trained))
-        trained += left_out[: -len(trained) % WORLD_SIZE]  # as many rows for every rank
+        trained += left_out[: -len(trained) % WORLD_SIZE]  # a multiple, so that no rank is without a row
         sequences = []  # ids, mask and sampling log-probabilities of each row
         for n in trained:
             prompt, completion = prompts[n // G], completions[n]
             zeros = [0] * len(prompt)
             sequences.append((prompt + completion, zeros + [1] * len(completion), zeros + sampling_logprobs[n]))
         batches = list(micro_batches(sequences, args.micro_batch_tokens, device))
-        old_logprobs, ref_logprobs = [], []  # (n, L) for each micro-batch
-        for _, ids, mask, _ in batches if reference is not None else ():
+        old_logprobs, ref_logprobs = [], [None] * len(batches)  # (n, L) for each micro-batch
+        if reference is not None:
+            frozen = functools.partial(token_logprobs, reference, temperature=args.temperature, with_entropy=False)
             with torch.no_grad(), autocast(device):
-                logprobs, _ = token_logprobs(reference, ids, mask, args.temperature, with_entropy=False)
-            ref_logprobs.append(logprobs)
+                ref_logprobs = [frozen(ids, mask)[0] for _, ids, mask, _ in batches]
+        trained_advantages, lr = advantages[trained].to(device), learning_rate(args, step, steps, peak_lr)
         drawn = shuffled_indices(len(sft_data), args.seed, "sft", step, B) if args.sft_coef else []
         demonstrations, step_means = [sft_data[i] for i in drawn], Means()
         sft_tokens = sum(sum(mask) for _, mask in demonstrations)
@@ -879,20 +879,19 @@ def main(args: Args) -> dict[str, float]:
                     logprobs, entropy = token_logprobs(
                         policy, ids, mask, args.temperature, entropy_grad=args.entropy_coef > 0
                     )  # (n, L) each
-                gap, ref = (logprobs - sampled).abs(), ref_logprobs[k] if ref_logprobs else None
-                if epoch == 0:  # the policy is still the one that sampled: these are the old log-probabilities
+                gap, ref = (logprobs - sampled).abs(), ref_logprobs[k]
+                if epoch == 0:  # no update yet: the old log-probabilities, by the policy and not by the sampling copy
                     old_logprobs.append(logprobs.detach())
                     step_means.add(mask, entropy=entropy, sampling_gap_mean=gap, sampling_gap_max=gap)
                 if epoch == 0 and reference is not None:
                     step_means.add(mask, kl_ref_k1=logprobs - ref, kl_ref_k3=kl_k3(logprobs, ref))
                     step_means.add(kl_ref_seq=((logprobs - ref) * mask).sum(1))
-                old, weights = old_logprobs[k], None  # (n, L)
-                advantage = advantages[[trained[i] for i in indices]].to(device)  # (n,)
-                if args.is_cap:  # sampling was not quite the policy's: weigh each token by their ratio
+                old, weights, advantage = old_logprobs[k], None, trained_advantages[indices]  # (n, L), (n,)
+                if args.is_cap:  # the sampling copy is not quite the policy: weigh each token by their ratio
                     weights = (old - sampled).exp().clamp(max=args.is_cap)  # (n, L)
                     step_means.add(mask, is_weight=weights)
                 outside = ((logprobs - old).exp() - 1).abs() > args.clip_eps
-                epoch_means.add(mask, clip_frac=outside, approx_kl_old=kl_k3(old, logprobs))  # sampled from old
+                epoch_means.add(mask, clip_frac=outside, approx_kl_old=kl_k3(old, logprobs))  # KL(old || policy)
                 loss = grpo_loss(logprobs, old, ref, advantage, mask, args.clip_eps, args.kl_coef, B * G, weights)
                 if args.entropy_coef:  # averaged like the objective
                     loss = loss - args.entropy_coef * ((entropy * mask).sum(1) / mask.sum(1)).sum() / (B * G)
@@ -910,9 +909,7 @@ def main(args: Args) -> dict[str, float]:
                 step_means.add(mask, sft_loss=-logprobs)
 
             # (5) update
-            lr = learning_rate(args, step, steps, peak_lr)
-            loss_and_norm = run.update(optimizer=lr)  # clips, steps and clears the gradient
-            step_means.add(**loss_and_norm)
+            step_means.add(**run.update(optimizer=lr))  # clips, steps and clears the gradient
         refresh(sampler, policy)
 
         seconds = time.perf_counter() - clock
@@ -1516,7 +1513,7 @@ class Run:
         if self.wandb:
             self.wandb.finish()
         if dist.is_initialized():
-            over_ranks(torch.zeros(1))  # on the CPU, where waiting for the first to write is not limited to ten minutes
+            over_ranks(torch.zeros(1))  # waits until the first has written
             dist.destroy_process_group()
 
     def finish(self, steps: int, model, tokenizer) -> dict[str, float]:

@@ -36,7 +36,7 @@ Metrics (metrics.jsonl), and what healthy looks like:
   loss                    about ln 2 = 0.69 at the start; falls
   pair_accuracy, margin   of the step: share of pairs with r_c > r_r (0.5 if equal); mean gap r_c - r_r
   reward_mean, grad_norm, lr    over both sides; near 0 if centred; the norm before clipping
-  eval/loss, eval/pair_accuracy, eval/margin    held-out pairs, without margin and centering; before/... at step 0
+  eval/loss, eval/pair_accuracy, eval/margin    held-out pairs, without margin and centering; at step 0 too
   eval/reward_mean, eval/reward_std    over both sides; the scale says how sure the model is, not how good it is
   eval/longer_wins        accuracy of preferring the longer side: beat this, and 1 less this
   eval/length_correlation    of reward with length, both less their pair's mean; near 1 or -1 it counts tokens
@@ -109,7 +109,7 @@ class Args:
     epochs: int = 1
     """Passes over the training rows."""  # paper: 1
     steps: int | None = None
-    """Optimizer steps; default: all `epochs`. Online: rollouts; default: 200 in grpo.py, 70 in ppo.py."""
+    """Optimizer steps (default: all epochs); in grpo.py and ppo.py rollouts (default: 200 and 70)."""
     batch_size: int = 32
     """Rows per optimizer step."""  # paper: 64
     lr: float | None = None
@@ -1076,7 +1076,7 @@ class Run:
         if self.wandb:
             self.wandb.finish()
         if dist.is_initialized():
-            over_ranks(torch.zeros(1))  # on the CPU, where waiting for the first to write is not limited to ten minutes
+            over_ranks(torch.zeros(1))  # waits until the first has written
             dist.destroy_process_group()
 
     def finish(self, steps: int, model, tokenizer) -> dict[str, float]:

@@ -470,6 +470,7 @@ def grpo_step(
     max_new_tokens: int = 64,
     micro_batch_tokens: int | None = grpo.Args.micro_batch_tokens,
     trl_batch_size: int | None = None,
+    compile: bool = False,
 ):
     """One GRPO step (rollout, reward, loss, update) against TRL's GRPOTrainer: same model, prompts and settings.
 
@@ -487,6 +488,7 @@ def grpo_step(
         micro_batch_tokens: Most tokens in one forward and backward pass of this repository.
         trl_batch_size: Completions in one forward and backward pass of TRL, which accumulates gradients over the step;
             default: all of the step's at once.
+        compile: As in the scripts; TRL runs as it is.
     """
     grpo.require(steps >= 2, f"--steps {steps}: must be at least 2, the first is not counted")
     num_sequences = prompts_per_step * group_size
@@ -503,7 +505,7 @@ def grpo_step(
         settings = grpo.Args(
             model=model_folder(model, folder), prompts_per_step=prompts_per_step, group_size=group_size, kl_coef=0.0,
             lr=3e-4, lr_schedule="constant", max_new_tokens=max_new_tokens, eval_size=8, eval_every=10**9,
-            save_every=10**9, sample_every=10**9, micro_batch_tokens=micro_batch_tokens,
+            save_every=10**9, sample_every=10**9, micro_batch_tokens=micro_batch_tokens, compile=compile,
             reward=(f"{folder}/rewards.py:coin" if model in SHAPES else "exact",),
         )  # fmt: skip
 

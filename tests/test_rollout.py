@@ -459,7 +459,10 @@ def test_with_graphs_the_batch_shrinks_when_half_of_it_has_ended():
         assert rows[1:] == expected and len(set(expected)) > 2  # the first pass is the prefill
 
 
-def test_graphs_need_full_attention():
-    """A sliding window keeps its place in Python, which a graph does not run."""
+@pytest.mark.parametrize(("family", "attention"), [("mistral, window 4", "sdpa"), ("qwen3", "eager")])
+def test_graphs_need_full_attention(family, attention):
+    """A sliding window keeps its place in Python, which a graph does not run; eager attention adds the mask."""
+    model = random_model(family)
+    model.set_attn_implementation(attention)
     with pytest.raises(SystemExit, match="--cuda-graphs"):
-        grpo.generate(random_model("mistral, window 4"), PROMPTS, 1, 4, 0.0, [], draws(5, 4), graphs=True)
+        grpo.generate(model, PROMPTS, 1, 4, 0.0, [], draws(5, 4), graphs=True)
