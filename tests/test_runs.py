@@ -699,8 +699,13 @@ def test_metrics_do_not_depend_on_the_micro_batches(name, data, tiny_folder, oth
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler here")
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_compile_gives_the_same_run(name, data, tiny_folder, tmp_path):
-    """--compile changes losses and gradient norms by rounding alone, and it compiles something."""
+def test_compile_gives_the_same_run(name, data, tiny_folder, tmp_path, monkeypatch):
+    """--compile changes losses and gradient norms by rounding alone, and compiles the one layer of each model that a
+    step runs through: the trained ones, and the reference of the online scripts."""
+    layers, compile_module = [], torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: (layers.append(self), compile_module(self, **options))
+    )
     config = transformers.AutoConfig.from_pretrained(tiny_folder, num_hidden_layers=1, layer_types=["full_attention"])
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "one layer")
@@ -712,7 +717,7 @@ def test_compile_gives_the_same_run(name, data, tiny_folder, tmp_path):
         run(name, data, tiny_folder, tmp_path / str(compiled), model=f"{tmp_path}/one layer", compile=compiled)
         rows.append(metrics_of(tmp_path / str(compiled))[1:])
         assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == compiled
-    assert len(rows[0]) == 2
+    assert len(layers) == {"grpo": 2, "ppo": 3}.get(name, 1) and len(rows[0]) == 2
     for plain, compiled in zip(*rows, strict=True):
         for key in ("loss", "grad_norm", *(("value_grad_norm",) if name == "ppo" else ())):
             assert compiled[key] == pytest.approx(plain[key], rel=1e-3, abs=1e-5)
