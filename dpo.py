@@ -201,11 +201,6 @@ def dpo_loss(
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """sum(x * mask) / sum(mask), a scalar."""
-    return (x * mask).sum() / mask.sum()
-
-
 # ----------------------------------------------------------------------------------------------------------------- data
 
 # Pairs of the built-in task: a minute on two cores.

@@ -174,11 +174,6 @@ def bradley_terry_loss(
     return -preference + center_coef * (chosen_rewards + rejected_rewards) ** 2
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """sum(x * mask) / sum(mask), a scalar."""
-    return (x * mask).sum() / mask.sum()
-
-
 def correlation(x: Tensor, y: Tensor) -> float:
     """Correlation of two quantities over both sides of every pair, each less its pair's mean; x, y: (N, 2).
 

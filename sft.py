@@ -163,11 +163,6 @@ def sft_loss(logprobs: Tensor, mask: Tensor, num_tokens: int) -> Tensor:
     return -(logprobs * mask).sum() / num_tokens
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """sum(x * mask) / sum(mask), a scalar."""
-    return (x * mask).sum() / mask.sum()
-
-
 # ----------------------------------------------------------------------------------------------------------------- data
 
 ARITHMETIC_ROWS = {"train": 20_000, "test": 2_000}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import grpo
+import ppo
 import sft
 
 LN2 = math.log(2)
@@ -43,7 +44,7 @@ def loss_and_gradient(ratio, advantages, mask, clip_eps=0.2, kl_coef=0.0, ref_lo
 # -------------------------------------------------------------------------------------------------------- masked_mean
 
 
-@pytest.mark.parametrize("script", [sft, grpo])
+@pytest.mark.parametrize("script", [grpo, ppo])
 def test_masked_mean_of_a_ragged_mask(script):
     """Actions 2 and 3 of the first row and 5 of the second: (2 + 3 + 5) / 3 = 10/3."""
     x, mask = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.tensor([[0.0, 1.0, 1.0], [0.0, 1.0, 0.0]])
