@@ -171,12 +171,12 @@ class Args:
     """Most sequences decoded at once: bounds the KV cache."""
     cache_memory: float = 0.5
     """Largest share of a GPU's free memory for the KV cache; where it is too little, fewer are decoded at once."""
-    cuda_graphs: bool = False
-    """Replay a recorded decoding step: faster where Python, not the GPU, sets the pace (small models, few rows)."""
+    cuda_graphs: bool = True
+    """On CUDA, if no layer's attention has a window, replay a recorded decoding step instead of running its Python."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile the layers that are trained (torch.compile): up to a minute at the start, then shorter steps."""
+    """Compile what is trained (torch.compile): up to a minute at the start, then shorter steps."""
 
     # run
     seed: int = 0
@@ -614,6 +614,12 @@ def in_forward(function: Callable) -> Callable:
     return wrapped
 
 
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """The function through torch.compile, one program for all shapes."""
+    return torch.compile(function, dynamic=True)
+
+
 @in_forward
 def token_logprobs(
     model, ids: Tensor, mask: Tensor, temperature: float = 1.0, with_entropy: bool = True, entropy_grad: bool = True
@@ -632,9 +638,12 @@ def token_logprobs(
     n, t = mask.nonzero(as_tuple=True)  # (num_actions,) each
     hidden, targets = hidden[n, t - 1], ids[n, t]  # the state before token t decides it
     head = model.get_output_embeddings()
-    chunk = max(1, 2**24 // head.weight.shape[0])  # 64 MiB of float32 logits
+    compiles = getattr(model, "compiles", False)  # set by `shard`
+    num_logits = 2**24 if not ids.is_cuda else 2**28 if compiles else 2**27  # of a chunk: 64 MiB, on CUDA 512 MiB
+    chunk = max(1, num_logits // head.weight.shape[0])
+    of_chunk = compiled(head_logprobs) if compiles else head_logprobs
     results = [
-        checkpoint(head_logprobs, head, h, y, temperature, with_entropy, entropy_grad, use_reentrant=False)
+        checkpoint(of_chunk, head, h, y, temperature, with_entropy, entropy_grad, use_reentrant=False)
         for h, y in zip(hidden.split(chunk), targets.split(chunk))
     ]
     logprobs, entropy = torch.cat(results, 1)  # (num_actions,) each
@@ -649,7 +658,8 @@ def head_logprobs(
 
     In one tensor, because a backward pass that reached only one of them would keep what it recomputed for the other.
     """
-    logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (M, V)
+    logits = head(hidden) if temperature == 1 else head(hidden).float() / temperature
+    logprobs = logits.log_softmax(-1, dtype=torch.float32)  # (M, V)
     chosen = logprobs.gather(1, targets[:, None])[:, 0]
     logprobs = logprobs if entropy_grad else logprobs.detach()
     entropy = -(logprobs.exp() * logprobs).sum(-1) if with_entropy else torch.zeros_like(chosen)
@@ -729,33 +739,43 @@ class Decoder:
 
 
 class GraphDecoder(Decoder):
-    """A Decoder whose step is a CUDA graph: recorded once for each batch size, then replayed without Python between.
+    """A Decoder whose step is a CUDA graph: recorded once for each size of the cache, replayed without Python between.
 
-    A graph works on the same addresses each time. So the cache has `room` for all new columns from the start, a mask
-    tells those in use, and `keep`, which ends the graph, is called only once half of the rows have ended. The result
-    of `step` is overwritten by the next one.
+    A graph works on the same addresses each time. So the cache has room for columns to come, a mask tells those in use,
+    and a graph ends where the room does, which is then doubled, or with `keep`, called only once half of the rows have
+    ended. The result of `step` is overwritten by the next one.
     """
 
-    def __init__(self, model, cache, seen: Tensor, position: Tensor, room: int):
+    def __init__(self, model, cache, seen: Tensor, position: Tensor, max_new_tokens: int):
         self.used = seen.shape[1]  # columns filled so far; the cache counts them too, on the device
-        seen = torch.nn.functional.pad(seen, (0, room)).bool()[:, None, None]  # (rows, 1, 1, P + room)
-        super().__init__(model, cache, seen, position)
+        self.end = self.used + max_new_tokens
+        mask = torch.zeros_like(seen, dtype=model.dtype).masked_fill(seen == 0, -math.inf)  # added to the scores
+        super().__init__(model, cache, mask[:, None, None], position)  # (rows, 1, 1, columns)
         self.keep(slice(None))
 
+    @staticmethod
+    def serves(model, cache) -> bool:
+        """Whether each layer has full attention (a window counts its place in Python) and takes a mask to add."""
+        full = all(type(layer) is transformers.cache_utils.DynamicLayer for layer in cache.layers)
+        return full and model.config._attn_implementation in ("sdpa", "eager")
+
     def keep(self, rows: Tensor | slice):
-        cache = transformers.StaticCache(self.model.config, max_cache_len=self.seen.shape[-1])
-        sdpa = self.model.config._attn_implementation == "sdpa"  # other kinds would add a boolean mask as 0 and 1
-        plain = all(type(layer) is transformers.cache_utils.StaticLayer for layer in cache.layers)
-        require(sdpa and plain, "--cuda-graphs: not every layer of this model has full attention, computed by SDPA")
+        columns = max(2 * self.used, 256)
+        columns = self.end if self.end < 1.25 * columns else columns
+        columns += -columns % 64  # aligned, as fast kernels want it
+        cache = transformers.StaticCache(self.model.config, max_cache_len=columns)
         for k, layer in enumerate(self.cache.layers):
             cache.update(layer.keys[rows, :, : self.used], layer.values[rows, :, : self.used], k)
             layer.keys = layer.values = None  # freed
-        self.cache, self.seen, self.position = cache, self.seen[rows], self.position[rows]
+        self.cache, self.position, seen = cache, self.position[rows], self.seen[rows, ..., : self.used]
+        self.seen = torch.nn.functional.pad(seen, (0, columns - self.used), value=-math.inf)
         self.token, self.graph = torch.zeros_like(self.position), None
 
     def step(self, token: Tensor) -> Tensor:
+        if self.used == self.seen.shape[-1]:
+            self.keep(slice(None))
         self.token.copy_(token)
-        self.seen[..., self.used] = True
+        self.seen[..., self.used] = 0
         self.position += 1
         self.used += 1
         if self.graph is not None:
@@ -769,8 +789,24 @@ class GraphDecoder(Decoder):
         """Records a step, on CUDA; on the CPU (in tests) each step simply runs."""
         if self.token.is_cuda:
             self.graph = torch.cuda.CUDAGraph()
-            with end_on_error("--cuda-graphs: a step of this model cannot be recorded"), torch.cuda.graph(self.graph):
+            with end_on_error("a step cannot be recorded, so give --no-cuda-graphs"), torch.cuda.graph(self.graph):
                 self.logits = self.forward(self.token)  # recorded, not run
+
+
+def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """The first token whose cumulative probability exceeds the draw: (rows, 1), from (rows, V) and (rows, 1).
+
+    In two stages, blocks of neighbouring tokens and then those of one block: a large vocabulary is then read but once.
+    """
+    precise, size = uniforms.dtype, math.gcd(probs.shape[1], 512)
+    below_1 = 1 - torch.finfo(precise).eps  # times which a sum is less than itself, so that there is always a first
+    blocks = probs.unflatten(1, (-1, size))  # (rows, V / size, size)
+    cdf = torch.nn.functional.pad(blocks.sum(-1).cumsum(-1, dtype=precise), (1, 0))
+    draw = uniforms.clamp(max=below_1) * cdf[:, -1:]
+    block = torch.searchsorted(cdf, draw, right=True) - 1  # (rows, 1)
+    draw = draw - cdf.gather(1, block)  # what is left of it for the block
+    cdf = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1, dtype=precise)  # (rows, size)
+    return block * size + torch.searchsorted(cdf, torch.minimum(draw, below_1 * cdf[:, -1:]), right=True)
 
 
 @torch.no_grad()
@@ -798,21 +834,21 @@ def generate(
     cache = output.past_key_values
     cache.batch_repeat_interleave(num_samples)
     logits, seen, position = (x.repeat_interleave(num_samples, 0) for x in (output.logits, seen, position[:, -1:]))
-    decoder = Decoder(model, cache, seen, position)
+    graphs = graphs and GraphDecoder.serves(model, cache)
     if graphs:
-        decoder = GraphDecoder(model, cache, seen, position, room=max_new_tokens)
+        decoder = GraphDecoder(model, cache, seen, position, max_new_tokens)
+    else:
+        decoder = Decoder(model, cache, seen, position)
     unfinished, ended = torch.arange(num_rows, device=device), torch.zeros(num_rows, dtype=torch.bool, device=device)
     tokens = torch.full((num_rows, max_new_tokens), -1, device=device)
     logprobs = torch.zeros(num_rows, max_new_tokens, device=device)
-    precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    uniforms = uniforms.clamp(max=1 - torch.finfo(precise).eps).to(device, precise)  # float32 would round some up to 1
+    uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)  # MPS has no float64
     stops = torch.tensor(eos_ids, dtype=torch.long, device=device)
     for t in range(max_new_tokens):
-        step_logprobs = (logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # (rows left, V)
-        if temperature:  # the first token whose cumulative probability exceeds the draw
-            cdf = step_logprobs.exp().cumsum(-1, dtype=precise)
-            token = torch.searchsorted(cdf, uniforms[unfinished, t, None] * cdf[:, -1:], right=True)
-            token = token.clamp(max=cdf.shape[1] - 1)
+        scaled = logits[:, -1] if temperature in (0, 1) else logits[:, -1].float() / temperature
+        step_logprobs = scaled.log_softmax(-1, dtype=torch.float32)  # (rows left, V)
+        if temperature:
+            token = inverse_cdf(step_logprobs.exp(), uniforms[unfinished, t, None])
         else:
             token = step_logprobs.argmax(-1, keepdim=True)  # (rows left, 1)
         tokens[unfinished, t] = token[:, 0].masked_fill(ended, -1)
@@ -821,8 +857,10 @@ def generate(
         left = (~ended).nonzero()[:, 0]
         if t + 1 == max_new_tokens or not len(left):
             break
-        limit = len(unfinished) // 2 if graphs else len(unfinished) - 1
-        if len(left) <= limit:
+        most = len(unfinished) - 1  # rows left with which the batch shrinks
+        if graphs:  # each size is recorded: so by halves, and no further than saves time
+            most = len(unfinished) // 2 if len(unfinished) > 32 else 0
+        if len(left) <= most:
             decoder.keep(left)
             unfinished, token, ended = unfinished[left], token[left], ended[left]
         logits = decoder.step(token)
@@ -855,12 +893,13 @@ def rollout(sampler, prompts, num_samples, temperature, eos_ids, uniforms, args)
     completions, logprobs, length = [], [], uniforms.shape[1]
     rows = cache_rows(sampler, max(map(len, prompts)) + length, args.cache_memory)
     chunk = max(1, int(min(args.rollout_batch_size, rows)) // num_samples)  # prompts at a time
+    graphs = args.cuda_graphs and sampler.device.type == "cuda"
     first, end = (len(prompts) * rank // WORLD_SIZE for rank in (RANK, RANK + 1))
     for start in range(first, end, chunk):
         stop = min(start + chunk, end)
         draws = uniforms[start * num_samples : stop * num_samples]
         part = prompts[start:stop]
-        found = generate(sampler, part, num_samples, length, temperature, eos_ids, draws, args.cuda_graphs)
+        found = generate(sampler, part, num_samples, length, temperature, eos_ids, draws, graphs)
         completions, logprobs = completions + found[0], logprobs + found[1]
     shares = [(completions, logprobs)]  # of all ranks
     if WORLD_SIZE > 1:
@@ -1155,7 +1194,6 @@ def check_numbers(args: "Args"):
         require(getattr(args, name, None) != 0, f"--{name.replace('_', '-')} must be above 0")
     require(args.adam_beta2 < 1, f"--adam-beta2 {args.adam_beta2}: must be below 1")
     require(0 < getattr(args, "cache_memory", 1) <= 1, "--cache-memory must be above 0 and at most 1")
-    require(not getattr(args, "cuda_graphs", False) or torch.cuda.is_available(), "--cuda-graphs: there is no CUDA GPU")
     for name in ("batch_size", "prompts_per_step"):
         enough = getattr(args, name, WORLD_SIZE) >= WORLD_SIZE
         require(enough, f"--{name.replace('_', '-')}: must be at least {WORLD_SIZE}, a row for each process")
@@ -1185,7 +1223,9 @@ def over_ranks(x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
 
 def autocast(device: torch.device):
     """bfloat16 arithmetic on CUDA, over float32 weights; float32 elsewhere."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)  # a cached weight would sum its gradient in it
 
 
 def seeded(seed: int, purpose: str, step: int) -> torch.Generator:
@@ -1357,7 +1397,8 @@ def refresh(sampler, model):
 def shard(model, device: torch.device, args: "Args | None" = None):
     """The model with its layers compiled, if `args` say so, and a share of each weight on every rank (FSDP2)."""
     layers = [x for x in model.modules() if type(x).__name__ in (model._no_split_modules or ())]
-    for layer in layers if args and args.compile else ():
+    model.compiles = bool(args and args.compile)  # read by token_logprobs
+    for layer in layers if model.compiles else ():
         layer.compile(dynamic=True)
     if WORLD_SIZE > 1:
         mesh = dist.init_device_mesh(device.type, (WORLD_SIZE,))

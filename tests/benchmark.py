@@ -24,6 +24,7 @@ before the limit, so that both sides do the same work.
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib.metadata
 import io
 import json
@@ -102,16 +103,31 @@ def print_aim(what: str, met: bool):
     print(f"{'met' if met else 'MISSED'}: {what}", flush=True)
 
 
-def alternate(ours: Callable, theirs: Callable, pairs: int) -> tuple[list, list]:
+def alternate(ours: Callable, theirs: Callable, pairs: int, warm_up: bool = True) -> tuple[list, list]:
     """The results of ours(i) and theirs(i) for i = 1 ... pairs after a warm-up, i = 0; every other pair is swapped."""
     results = {ours: [], theirs: []}
-    for i in range(pairs + 1):
+    for i in range(0 if warm_up else 1, pairs + 1):
         for side in (ours, theirs) if i % 2 else (theirs, ours):
             result = side(i)
             if i > 0:
                 results[side].append(result)
         print("warmed up" if i == 0 else f"pair {i} of {pairs} done", file=sys.stderr, flush=True)
     return results[ours], results[theirs]
+
+
+def with_peak(run: Callable, peaks: list[float]):
+    """run(), whose peak of allocated CUDA memory, in GiB above what was allocated before, is appended to `peaks`."""
+    gc.collect()
+    baseline, peak = peak_memory()
+    result = run()
+    peaks.append((peak() - baseline) / 2**30)
+    return result
+
+
+def print_peaks(other: str, ours: list[float], theirs: list[float]):
+    """The largest peaks of both sides; on the CPU both share one process, so there it would say nothing."""
+    if torch.cuda.is_available():
+        print(f"peak memory: this repository {max(ours):.1f} GiB, {other} {max(theirs):.1f} GiB")
 
 
 def synchronize():
@@ -137,13 +153,14 @@ SHAPES = {
 
 
 def random_model(shape: str, seed: int = 0, **changes) -> transformers.PreTrainedModel:
-    """A language model of one of SHAPES with random weights."""
+    """A language model of one of SHAPES with random weights, on the device that the scripts pick."""
     config = transformers.Qwen2Config(
         **{**SHAPES[shape], **changes}, tie_word_embeddings=True, max_position_embeddings=32_768, pad_token_id=0,
         eos_token_id=1, bos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(seed)
-    return transformers.Qwen2ForCausalLM(config)
+    with grpo.pick_device():
+        return transformers.Qwen2ForCausalLM(config)
 
 
 def model_folder(model: str, folder: str) -> str:
@@ -177,7 +194,7 @@ def memory_bandwidth(device: torch.device) -> float:
 
 def rollout(
     model: str = "runs/sft", pairs: int = 5, num_prompts: int = 64, num_samples: int = 16, max_new_tokens: int = 64,
-    against: Literal["generate", "generate_batch"] = "generate", cuda_graphs: bool = False,
+    against: Literal["generate", "generate_batch"] = "generate", cuda_graphs: bool = True,
 ):  # fmt: skip
     """The rollout against `model.generate`: same model, held-out prompts, sampling and limits, in tokens per second.
 
@@ -239,7 +256,8 @@ def rollout(
         print(f"{name}: mean completion {length:.2f} tokens, median {seconds:.3f} s")
     speeds = [[a / b for a, b in side] for side in (mine, others)]
     ratio = print_pairs(f"model.{against}", "tokens/s", *speeds, digits=0)
-    print_aim("at least 1.6 times as fast", ratio >= 1.6)
+    aim = 4 if device.type == "cuda" else 1.6
+    print_aim(f"at least {aim} times as fast", ratio >= aim)
     length, config = mean(tokens for tokens, _ in mine) / num_rows, policy.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     entry = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * policy.dtype.itemsize  # keys, values
@@ -471,6 +489,7 @@ def grpo_step(
     micro_batch_tokens: int | None = grpo.Args.micro_batch_tokens,
     trl_batch_size: int | None = None,
     compile: bool = False,
+    warm_up: bool = True,
 ):
     """One GRPO step (rollout, reward, loss, update) against TRL's GRPOTrainer: same model, prompts and settings.
 
@@ -489,6 +508,7 @@ def grpo_step(
         trl_batch_size: Completions in one forward and backward pass of TRL, which accumulates gradients over the step;
             default: all of the step's at once.
         compile: As in the scripts; TRL runs as it is.
+        warm_up: Whether a run of one step on each side goes before the pairs.
     """
     grpo.require(steps >= 2, f"--steps {steps}: must be at least 2, the first is not counted")
     num_sequences = prompts_per_step * group_size
@@ -509,14 +529,17 @@ def grpo_step(
             reward=(f"{folder}/rewards.py:coin" if model in SHAPES else "exact",),
         )  # fmt: skip
 
+        peaks = [], []
+
         def ours(i: int) -> Steps:
-            return our_steps(dataclasses.replace(settings, seed=i, steps=steps if i else 2, out=f"{folder}/ours-{i}"))
+            run = dataclasses.replace(settings, seed=i, steps=steps if i else 1, out=f"{folder}/ours-{i}")
+            return with_peak(lambda: our_steps(run), peaks[0])
 
         def theirs(i: int) -> Steps:
-            changes = {"seed": i, "steps": steps if i else 2, "out": f"{folder}/trl-{i}"}
-            return trl_steps(dataclasses.replace(settings, **changes), trl_batch_size)
+            run = dataclasses.replace(settings, seed=i, steps=steps if i else 1, out=f"{folder}/trl-{i}")
+            return with_peak(lambda: trl_steps(run, trl_batch_size), peaks[1])
 
-        mine, others = alternate(ours, theirs, pairs)
+        mine, others = alternate(ours, theirs, pairs, warm_up)
     print(f"{prompts_per_step} prompts x {group_size} samples, {pairs} runs of {steps} steps, {grpo.pick_device()}")
     print(f"--micro-batch-tokens {micro_batch_tokens} (this repository), {trl_batch_size} completions a pass (TRL)")
     for name, side in (("this repository", mine), ("TRL", others)):
@@ -524,10 +547,12 @@ def grpo_step(
         print(f"{name}: mean reward {reward:.3f}, mean completion {length:.2f} tokens (both sides should agree)")
     rollout_seconds = median(x for run in mine for x in run.rollout_seconds[1:])
     print(f"this repository: {rollout_seconds:.3f} s of the step is rollout")
+    print_peaks("TRL", *peaks)
     ratio = print_pairs(
         "TRL", "s/step", *([median(run.seconds[1:]) for run in side] for side in (mine, others)), digits=3
     )
-    print_aim("at most 0.5 of TRL's time", ratio <= 0.5)
+    aim = 0.35 if torch.cuda.is_available() else 0.5
+    print_aim(f"at most {aim} of TRL's time", ratio <= aim)
 
 
 # -------------------------------------------------------------------------------------------------------- sft, dpo, rm
@@ -633,8 +658,11 @@ def offline_step(
         same |= {"save_every": 10**9, "sample_every": 10**9}
         same |= {"beta": 0.1, "label_smoothing": 0.0} if name == "dpo" else {}
 
+        peaks = {"ours": [], "trl": []}
+
         def side(run: Callable, label: str, i: int, *more):
-            return run(name, script.Args(**same, seed=i, steps=steps if i else 2, out=f"{folder}/{label}-{i}"), *more)
+            settings = script.Args(**same, seed=i, steps=steps if i else 2, out=f"{folder}/{label}-{i}")
+            return with_peak(lambda: run(name, settings, *more), peaks[label])
 
         def ours(i: int) -> tuple[list[float], list[float]]:
             return side(our_offline_steps, "ours", i)
@@ -648,6 +676,7 @@ def offline_step(
     for label, results in (("this repository", mine), (trainer, others)):
         first, last = (mean(losses[k] for _, losses in results) for k in (0, -1))
         print(f"{label}: mean loss of the first step {first:.4f}, of the last {last:.4f}")
+    print_peaks(trainer, *peaks.values())
     ratio = print_pairs(
         trainer, "s/step", *([median(seconds[1:]) for seconds, _ in results] for results in (mine, others)), digits=3
     )
@@ -860,7 +889,7 @@ def train(
     grpo.require(model in SHAPES, f"--model {model}: must be one of {list(SHAPES)}")
     grpo.require(steps >= 2, f"--steps {steps}: must be at least 2, the first is not counted")
     print_machine()
-    device = grpo.pick_device()
+    device, (_, peak) = grpo.pick_device(), peak_memory()
     policy = grpo.to_device(random_model(model), device, gradient_checkpointing)
     policy = grpo.shard(policy, device, grpo.Args(compile=compile))
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-4, (0.9, 0.99), weight_decay=0.0, fused=True)
@@ -884,11 +913,11 @@ def train(
     print(f"{model}: {num_rows} rows of {length} tokens in micro-batches of {micro_batch_tokens} tokens, {device}")
     print(f"median step {median(seconds[1:]):.3f} s, {num_rows * length / median(seconds[1:]):,.0f} tokens/s")
     peaks = {"a large matrix product here": matmul_flops(device)}
-    peaks |= {f"the data sheet's {x}": peak for x, peak in PEAK_FLOPS.items() if x in describe_machine()["gpu"]}
+    peaks |= {f"the data sheet's {x}": flops for x, flops in PEAK_FLOPS.items() if x in describe_machine()["gpu"]}
     if device.type == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    for name, peak in peaks.items():
-        print(f"{speed / 1e12:.3f} of {peak / 1e12:.3f} TFLOP/s, {name}: utilisation {speed / peak:.3f}")
+        print(f"peak memory {peak() / 2**30:.1f} GiB")
+    for name, flops in peaks.items():
+        print(f"{speed / 1e12:.3f} of {flops / 1e12:.3f} TFLOP/s, {name}: utilisation {speed / flops:.3f}")
 
 
 # --------------------------------------------------------------------------------------------------------------- scale

@@ -288,13 +288,6 @@ def test_settings_that_do_not_fit_each_other_are_refused(name, changes, flags, d
     refused(name, settings(name, data, tiny_folder, tmp_path / "out", **changes), *flags)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
-@pytest.mark.parametrize("name", ["sft", "dpo", "ppo", "grpo"])
-def test_cuda_graphs_need_cuda(name, data, tiny_folder, tmp_path):
-    """Refused before anything is loaded."""
-    refused(name, settings(name, data, tiny_folder, tmp_path / "out", cuda_graphs=True), "--cuda-graphs")
-
-
 def test_ppo_takes_what_grpo_must_refuse(data, tiny_folder, tmp_path):
     """A group of one, the default of ppo.py, and a target KL with one epoch of two minibatches, which leaves an update
     to be stopped: the run ends well."""

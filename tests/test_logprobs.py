@@ -264,7 +264,7 @@ def test_compile_changes_neither_values_nor_gradients():
     args = grpo.Args(compile=True)
     sampler, model = grpo.sampling_copy(model, CPU, args), grpo.shard(model, CPU, args)
     torch._dynamo.utils.counters.clear()
-    for rows, width in ((4, 12), (3, 9), (7, 20), (4, 12)):
+    for rows, width in ((5, 12), (3, 9), (7, 20), (5, 12)):
         generator = torch.Generator().manual_seed(width)
         ids = torch.randint(1, VOCAB, (rows, width), generator=generator)
         mask = (torch.arange(width) >= torch.randint(1, width, (rows, 1), generator=generator)).float()
@@ -274,7 +274,7 @@ def test_compile_changes_neither_values_nor_gradients():
             results.append((logprobs, gradient_of((weights_of(mask, 1) * logprobs + entropy).sum(), x)))
         assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
         assert_equal_gradients(results[1][1], results[0][1])
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # layers, head
     assert model.state_dict().keys() == plain.state_dict().keys()
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()

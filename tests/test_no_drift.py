@@ -13,8 +13,8 @@ TOP_LEVEL = [name for name in SCRIPTS if "/" not in name]
 VARIANTS = [name for name in SCRIPTS if "/" in name]
 PLUMBING = f"# {'-' * 108} plumbing"
 # Most lines from the header to the end of main, and of the plumbing below it. Caps, not targets.
-BUDGETS = {"sft.py": 673, "rm.py": 540, "dpo.py": 869, "grpo.py": 938, "ppo.py": 1121}
-PLUMBING_BUDGET = 618
+BUDGETS = {"sft.py": 712, "rm.py": 540, "dpo.py": 908, "grpo.py": 977, "ppo.py": 1160}
+PLUMBING_BUDGET = 620
 
 
 def fields(source: str) -> dict[str, tuple[str, str]]:

@@ -183,6 +183,23 @@ def test_extreme_draws_choose_tokens_of_positive_probability(low):
         assert all(math.isfinite(x) for row in logprobs for x in row)
 
 
+@pytest.mark.parametrize("size", [1, 7, 512, 1536, 5000, 40_064])
+def test_every_draw_in_its_token(size):
+    """Integer weights, some tokens and whole blocks of them without any: draw (j + 1/2) / total falls to the owner of
+    ticket j, if each token holds as many tickets as its weight."""
+    weights = torch.randint(4, (size,), generator=torch.Generator().manual_seed(size))
+    weights[min(600, size - 1)] = 2
+    weights[:512] = weights[:512] if size <= 512 else 0
+    weights[1024:1200] = 0
+    tickets = [token for token, weight in enumerate(weights.tolist()) for _ in range(weight)]
+    chosen = torch.arange(0, len(tickets), max(1, len(tickets) // 300))
+    uniforms = torch.cat([(chosen.double() + 0.5) / len(tickets), torch.tensor([0.0, 1 - 2.0**-53]).double()])
+    probs = (weights / len(tickets)).float().expand(len(uniforms), -1)
+    tokens = grpo.inverse_cdf(probs, uniforms[:, None])[:, 0].tolist()
+    assert tokens[:-2] == [tickets[j] for j in chosen.tolist()]
+    assert tokens[-2:] == [tickets[0], tickets[-1]]
+
+
 def test_extreme_draws_on_a_large_uniform_vocabulary():
     """40,000 equal logits, whose sum ends a little off 1: 0 and 1 - 2^-53 still give the first and the last token."""
     model = model_with_logits(torch.zeros(40_000))
@@ -444,25 +461,56 @@ def test_fixed_shapes_change_nothing(family, temperature, with_graph, request):
 
 
 def test_with_graphs_the_batch_shrinks_when_half_of_it_has_ended():
-    """The rows of each step: always the first number, or at most half of the one before; without graphs, one by one."""
-    model, uniforms, eos_ids = random_model(), draws(20, 12), list(range(1, 12))
+    """The rows of each step: always the first number, or at most half of the one before, until 32 are left; without
+    graphs, one by one."""
+    model, uniforms, eos_ids = random_model(), draws(200, 12), list(range(1, 12))
     for graphs in (True, False):
         rows = []
         count_rows(model, rows)
-        completions, _ = grpo.generate(model, PROMPTS, 4, 12, 1.0, eos_ids, uniforms, graphs=graphs)
+        completions, _ = grpo.generate(model, PROMPTS, 40, 12, 1.0, eos_ids, uniforms, graphs=graphs)
         left = [sum(len(x) > t for x in completions) for t in range(1, max(map(len, completions)))]
-        size, expected = 20, []
+        size, expected = 200, []
         for unfinished in left:
-            if not graphs or 2 * unfinished <= size:
+            if not graphs or (2 * unfinished <= size and size > 32):
                 size = unfinished
             expected.append(size)
         assert rows[1:] == expected and len(set(expected)) > 2  # the first pass is the prefill
+        assert min(expected) < 20
 
 
-@pytest.mark.parametrize(("family", "attention"), [("mistral, window 4", "sdpa"), ("qwen3", "eager")])
-def test_graphs_need_full_attention(family, attention):
-    """A sliding window keeps its place in Python, which a graph does not run; eager attention adds the mask."""
-    model = random_model(family)
+def test_with_graphs_the_cache_grows(monkeypatch):
+    """256 columns, doubled once they are full, but no more than the 9 + 700 that are asked for, rounded up to 64."""
+    model, uniforms, columns = random_model(max_position_embeddings=1024), draws(10, 700), []
+    step = grpo.GraphDecoder.step
+    monkeypatch.setattr(
+        grpo.GraphDecoder, "step", lambda self, token: (step(self, token), columns.append(self.seen.shape[-1]))[0]
+    )
+    completions, logprobs = grpo.generate(model, PROMPTS, 2, 700, 1.0, [], uniforms, graphs=True)
+    assert columns == [256] * (256 - 9) + [512] * 256 + [768] * (9 + 699 - 512)
+    expected, expected_logprobs = grpo.generate(model, PROMPTS, 2, 700, 1.0, [], uniforms)
+    assert completions == expected and close(logprobs, expected_logprobs)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "served"),
+    [("mistral, window 4", "sdpa", False), ("qwen3", "eager", True), ("qwen3", "sdpa", True), ("gpt2", "sdpa", True)],
+)
+def test_graphs_need_full_attention(family, attention, served, monkeypatch):
+    """A sliding window keeps its place in Python, which a graph does not run: such a model decodes without."""
+    model, decoders = random_model(family), []
     model.set_attn_implementation(attention)
-    with pytest.raises(SystemExit, match="--cuda-graphs"):
-        grpo.generate(model, PROMPTS, 1, 4, 0.0, [], draws(5, 4), graphs=True)
+    expected, _ = grpo.generate(model, PROMPTS, 1, 4, 0.0, [], draws(5, 4))
+    step = grpo.GraphDecoder.step
+    monkeypatch.setattr(grpo.GraphDecoder, "step", lambda self, token: (decoders.append(self), step(self, token))[1])
+    completions, _ = grpo.generate(model, PROMPTS, 1, 4, 0.0, [], draws(5, 4), graphs=True)
+    assert completions == expected and bool(decoders) == served
+    model.config._attn_implementation = "flash_attention_2"  # takes no mask to add
+    assert not grpo.GraphDecoder.serves(model, transformers.DynamicCache(config=model.config))
+
+
+def test_graphs_are_for_cuda(monkeypatch):
+    """On the CPU, where nothing can be recorded, the setting that is on by default does nothing."""
+    assert grpo.Args().cuda_graphs
+    monkeypatch.setattr(grpo, "GraphDecoder", None)
+    completions, _ = grpo.rollout(random_model(), PROMPTS, 2, 1.0, [], draws(10, 3), grpo.Args())
+    assert len(completions) == 10
