@@ -4,48 +4,48 @@
 # ///
 """GRPO: group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300, eq. 3 and 4).
 
-Raise the reward, less a penalty on the KL to the reference, without a value model: the baseline of a completion is the
-mean reward of the `group_size` completions of the same prompt. The loss that is minimised:
+No value model: the baseline of a completion is the mean reward of its prompt's `group_size` completions. The loss:
 
-    loss     = -1/N * sum_n 1/|y_n| * sum_t objective[n, t] - entropy_coef * entropy + sft_coef * sft_loss
-    objective = w * min(ratio * A_n, clip(ratio, 1 - clip_eps, 1 + clip_eps) * A_n) - kl_coef * k3     w: 1, or `is_cap`
-    ratio    = exp(logprobs - old_logprobs)                 old: the first epoch's own, detached, so exactly 1 there
-    A_n      = (reward_n - mean_group) / (std_group + 1e-4)                          std with ddof 1; 0 if all are equal
-    k3       = exp(ref_logprobs - logprobs) - (ref_logprobs - logprobs) - 1          >= 0
+    loss      = -1/N * sum_n 1/|y_n| * sum_t objective[n, t] - entropy_coef * entropy + sft_coef * sft_loss
+    objective = w * min(ratio * A_n, clip(ratio, 1 - clip_eps, 1 + clip_eps) * A_n) - kl_coef * k3
+    w         = min(exp(old_logprobs - sampling_logprobs), is_cap)                                1 where `is_cap` is 0
+    ratio     = exp(logprobs - old_logprobs)      old: computed as `logprobs` is, before the first update of the step
+    A_n       = (reward_n - mean_group) / (std_group + 1e-4)     std with ddof 1; A_n = 0 if the group's are all equal
+    k3        = exp(ref_logprobs - logprobs) - (ref_logprobs - logprobs) - 1                                      >= 0
 
 Each step:  (1) rollout: `prompts_per_step` prompts, `group_size` samples each, no top-k, no top-p
             (2) rewards, one number per completion        (3) advantages within each group
             (4) `num_epochs` times: loss and gradient over all micro-batches, then (5) one update. Rows of advantage 0
-                are left out where neither KL nor entropy acts on them; N = B*G counts them all the same
+                are left out unless there is a reference or an entropy bonus; N = B*G counts them all the same
 
-Signal: one verifiable or learned reward per completion, spread evenly over its tokens.
+Signal: one reward per completion, from a rule or a learned model; all its tokens have the same A_n.
 KL: k3 per token inside the loss. Over the policy's own samples its value estimates KL(policy || reference) without
     bias; its gradient, prefixes held fixed, is that of KL(reference || policy). Reference: `model`, frozen.
 Mask and normaliser: EOS is an action; each sequence is averaged over its actions, then over the N sequences of the
-    whole step (entropy too). Short completions therefore weigh more per token; a token mean is another algorithm.
+    whole step (entropy too; sft_loss is a token mean). So tokens of short completions weigh more, as in the paper.
 Truncation: a completion cut at `max_new_tokens` keeps its reward, less `missing_eos_penalty`.
-As in the paper, with its one update per rollout; where it is silent: ddof 1, 1e-4, clip_eps, Adam's betas.
+As in the paper: one update per rollout. Ours, where it is silent: ddof 1, 1e-4, clip_eps, Adam's betas, lr_schedule.
 
 Run:  python sft.py && python grpo.py                                       a laptop CPU, six minutes in all
       python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k:main ...      one GPU, see README
       torchrun --nproc-per-node 8 grpo.py ...                                          several GPUs, see README
 
 Metrics (metrics.jsonl), and what healthy looks like:
-  loss                    with one epoch little but kl_coef * KL (ratio 1, advantages sum to 0): watch reward instead
-  reward, reward_std, reward/NAME    after `missing_eos_penalty`, and by name; std of the whole batch
-  frac_zero_std           groups without signal (all right or all wrong); above 0.8 the prompts are too easy or too hard
+  loss                    with one epoch almost only kl_coef * KL (ratio 1, advantages sum to 0): watch reward instead
+  reward, reward_std, reward/NAME    weighted sum less `missing_eos_penalty`; over the whole batch; each as it is
+  frac_zero_std           share of groups of equal rewards, so without signal; above 0.8: prompts too easy or too hard
   adv_abs_mean, frac_trained, grad_norm, lr    0: no signal; share of completions that were computed; before clipping
   sft_loss                nats per token of the mixed-in demonstrations, before `sft_coef`
-  kl_ref_k1, kl_ref_k3    KL to the reference per token; kl_ref_seq: per completion, healthy below 10 to 15
-  approx_kl_old, clip_frac    the last epoch's policy against that which sampled: 0 with one epoch; below 0.05; 0.3
+  kl_ref_k1, kl_ref_k3    KL to the reference per token before the update; kl_ref_seq: per completion, below 10 to 15
+  approx_kl_old, clip_frac    last epoch: KL(old || policy), below 0.05; share of ratios beyond clip_eps, below 0.3
   entropy                 of the distribution at `temperature`, over the completions trained; a steady fall is collapse
   completion_length, truncated_frac  tokens, EOS included; share cut at `max_new_tokens`
   sampling_gap_max, sampling_gap_mean    |sampling - training log-probability|: below 1e-3 in float32
   eval/accuracy_sampled, eval/accuracy_greedy, eval/answered_*, eval/reward_*    held-out prompts, without the penalty
   skipped_updates, is_weight    updates left out so far, not finite; mean of the weights that `is_cap` bounds: near 1
 
-Dimensions: B prompts, G samples per prompt, N = B*G sequences, L tokens (prompt + completion), V vocabulary, D hidden.
-Index t of every (N, L) tensor speaks of the decision to emit token t (read from the hidden state at t-1).
+Dimensions: B prompts, G samples each, N = B*G sequences (n in a micro-batch), L tokens (prompt + completion),
+V vocabulary, D hidden. Index t of an (N, L) tensor speaks of the decision to emit token t (read from the state at t-1).
 """
 
 import copy
@@ -112,7 +112,7 @@ class Args:
 
     # algorithm
     steps: int | None = None
-    """Optimizer steps (default: all epochs); in grpo.py and ppo.py rollouts (default: 200 and 70)."""
+    """Rollouts in grpo.py and ppo.py (default: 200 and 70); else optimizer steps (default: all epochs)."""
     prompts_per_step: int = 32
     """Prompts per rollout."""  # paper: 1024 / 64 = 16, its batch of 1024 being completions
     group_size: int = 8
@@ -136,7 +136,7 @@ class Args:
     sft_dataset: str | None = None
     """Rows for the SFT loss, named like `dataset`; `prompts_per_step` of them are drawn each step."""
     target_kl: float | None = None
-    """End the epochs of a step once approx_kl_old (nats per token) passes this."""
+    """End the epochs of a step once approx_kl_old (nats per token) passes this, without the update then due."""
     kl_stop: float | None = None
     """End the run once kl_ref_seq (nats per completion) passes this."""
 
@@ -158,7 +158,7 @@ class Args:
     cache_memory: float = 0.5
     """Largest share of a GPU's free memory for the KV cache; where it is too little, fewer are decoded at once."""
     cuda_graphs: bool = True
-    """On CUDA, if no layer's attention has a window, replay a recorded decoding step instead of running its Python."""
+    """On CUDA, if no layer's attention has a window: replay a recorded decoding step, which spares Python's time."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
@@ -204,7 +204,7 @@ class Args:
 def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
     """A = (r - mean) / (std + 1e-4) within each group of `group_size` neighbours. rewards, result: (N,). Section 4.1.2.
 
-    std has ddof 1. A group of equal rewards gets exactly 0: rounding in the mean would give up to 1e-3 instead.
+    std has ddof 1. A group of equal rewards gets exactly 0: divided by 1e-4, the rounding of their mean would count.
     Raises ValueError if `group_size` is below 2 or does not divide N.
     """
     if group_size < 2 or len(rewards) % group_size:
@@ -216,10 +216,10 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k3 = exp(d) - d - 1 with d = ref_logprobs - logprobs, any shape, never negative.
+    """k3 = exp(d) - d - 1 with d = ref_logprobs - logprobs, in nats, any shape, never negative.
 
-    Over samples of the policy its mean is KL(policy || reference) in nats; its gradient is that of KL(reference ||
-    policy). Schulman 2020; Shao et al. 2024, eq. 4.
+    Over tokens drawn from the first argument its mean is KL(first || second); its gradient, prefixes held fixed, is
+    that of KL(second || first). Schulman 2020; Shao et al. 2024, eq. 4.
     """
     log_ratio = ref_logprobs - logprobs
     return log_ratio.exp() - log_ratio - 1
@@ -236,19 +236,18 @@ def grpo_loss(
     num_sequences: int,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """The part of the step's loss that these rows contribute, a scalar (eq. 3 with the sign turned).
+    """What n rows add to the step's loss, without entropy and SFT: a scalar (eq. 3 with the sign turned).
 
-    logprobs, old_logprobs, ref_logprobs, mask: (N, L); advantages: (N,); ref_logprobs may be None when kl_coef is 0.
-    num_sequences counts the whole optimizer step, so the losses of micro-batches add up to that of the step.
-    weights: (N, L), of the objective at each token, its KL excepted; None for 1.
+    logprobs, old_logprobs, ref_logprobs, mask: (n, L); advantages: (n,); ref_logprobs may be None when kl_coef is 0.
+    weights: the header's w, (n, L), or None for 1. num_sequences: its N, of the step: micro-batch losses add up to it.
     Raises ValueError on a wrong shape or a row without an action.
     """
     if logprobs.shape != mask.shape or old_logprobs.shape != mask.shape or advantages.shape != mask.shape[:1]:
         raise ValueError(f"shapes {logprobs.shape}, {old_logprobs.shape}, {advantages.shape} and mask {mask.shape}")
-    lengths = mask.sum(1)  # (N,)
+    lengths = mask.sum(1)  # (n,)
     if not lengths.all():
         raise ValueError("a completion mask sums to 0: every row needs at least one action")
-    ratio = (logprobs - old_logprobs).exp()  # (N, L)
+    ratio = (logprobs - old_logprobs).exp()  # (n, L)
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     objective = torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
     if weights is not None:
@@ -431,7 +430,7 @@ def compute_rewards(
     """The weighted sum of all rewards (N,), and each of them by name."""
     by_name = {}
     for name, function in functions.items():
-        mine = RANK == 0 or isinstance(function, RewardModel)  # whose work all ranks share; others are called once
+        mine = RANK == 0 or isinstance(function, RewardModel)  # all ranks run a reward model, only the first a function
         values = call_reward(name, function, prompts, completions, rows) if mine else [-math.inf] * len(rows)
         by_name[name] = over_ranks(torch.tensor(values), dist.ReduceOp.MAX)
     return sum(weight * values for weight, values in zip(weights, by_name.values())), by_name
@@ -477,7 +476,7 @@ def encode_scored(tokenizer, prompt: str | list[dict], completion: str, system_p
 
 
 def extend(tokenizer, ids: list[int], done: str, text: str) -> list[int]:
-    """Ids of what `text` adds to its beginning `done` with the ids `ids`: in context if that keeps them, else alone."""
+    """Ids of what follows `done` in `text`: encoded together, if that leaves the ids of `done` as `ids`, else alone."""
     whole = tokenizer.encode(text, add_special_tokens=False)
     if whole[: len(ids)] == ids:
         return whole[len(ids) :]
@@ -574,7 +573,9 @@ def token_logprobs(
     hidden, targets = hidden[n, t - 1], ids[n, t]  # the state before token t decides it
     head = model.get_output_embeddings()
     compiles = getattr(model, "compiles", False)  # set by `shard`
-    num_logits = 2**24 if not ids.is_cuda else 2**28 if compiles else 2**27  # of a chunk: 64 MiB, on CUDA 512 MiB
+    num_logits = 2**24  # in a chunk: 64 MiB in float32
+    if ids.is_cuda:  # or the GPU would wait for Python; compiled, they are in bfloat16 alone
+        num_logits = 2**28 if compiles else 2**27
     chunk = max(1, num_logits // head.weight.shape[0])
     of_chunk = compiled(head_logprobs) if compiles else head_logprobs
     results = [
@@ -593,7 +594,7 @@ def head_logprobs(
 
     In one tensor, because a backward pass that reached only one of them would keep what it recomputed for the other.
     """
-    logits = head(hidden) if temperature == 1 else head(hidden).float() / temperature
+    logits = head(hidden) if temperature == 1 else head(hidden).float() / temperature  # not divided: less memory
     logprobs = logits.log_softmax(-1, dtype=torch.float32)  # (M, V)
     chosen = logprobs.gather(1, targets[:, None])[:, 0]
     logprobs = logprobs if entropy_grad else logprobs.detach()
@@ -627,36 +628,37 @@ class Decoder:
 
 
 class GraphDecoder(Decoder):
-    """A Decoder whose step is a CUDA graph: recorded once for each size of the cache, replayed without Python between.
+    """A Decoder whose step is a CUDA graph, recorded once and then replayed without Python between.
 
-    A graph works on the same addresses each time. So the cache has room for columns to come, a mask tells those in use,
-    and a graph ends where the room does, which is then doubled, or with `keep`, called only once half of the rows have
-    ended. The result of `step` is overwritten by the next one.
+    A graph works on the same addresses each time. So the cache has room for columns to come, and a mask tells those in
+    use. When the room is full, or rows leave, a new cache is made and a new graph recorded. The result of `step` is
+    overwritten by the next one. `seen` is what is added to the scores here: 0 is seen, -inf is not.
     """
 
     def __init__(self, model, cache, seen: Tensor, position: Tensor, max_new_tokens: int):
         self.used = seen.shape[1]  # columns filled so far; the cache counts them too, on the device
         self.end = self.used + max_new_tokens
-        mask = torch.zeros_like(seen, dtype=model.dtype).masked_fill(seen == 0, -math.inf)  # added to the scores
+        mask = torch.zeros_like(seen, dtype=model.dtype).masked_fill(seen == 0, -math.inf)
         super().__init__(model, cache, mask[:, None, None], position)  # (rows, 1, 1, columns)
         self.keep(slice(None))
 
     @staticmethod
     def serves(model, cache) -> bool:
-        """Whether each layer has full attention (a window counts its place in Python) and takes a mask to add."""
+        """Whether all layers have full attention, by SDPA: a window, or a bias cut to size, needs Python to step."""
         full = all(type(layer) is transformers.cache_utils.DynamicLayer for layer in cache.layers)
-        return full and model.config._attn_implementation in ("sdpa", "eager")
+        return full and model.config._attn_implementation == "sdpa"
 
     def keep(self, rows: Tensor | slice):
-        columns = max(2 * self.used, 256)
-        columns = self.end if self.end < 1.25 * columns else columns
-        columns += -columns % 64  # aligned, as fast kernels want it
-        cache = transformers.StaticCache(self.model.config, max_cache_len=columns)
+        """Goes on with these rows, in a new cache: room for twice what is used, or for all if that is little more."""
+        room = max(2 * self.used, 256)
+        room = self.end if self.end < 1.25 * room else room
+        room += -room % 64  # aligned, as fast kernels want it
+        cache = transformers.StaticCache(self.model.config, max_cache_len=room)
         for k, layer in enumerate(self.cache.layers):
             cache.update(layer.keys[rows, :, : self.used], layer.values[rows, :, : self.used], k)
             layer.keys = layer.values = None  # freed
         self.cache, self.position, seen = cache, self.position[rows], self.seen[rows, ..., : self.used]
-        self.seen = torch.nn.functional.pad(seen, (0, columns - self.used), value=-math.inf)
+        self.seen = torch.nn.functional.pad(seen, (0, room - self.used), value=-math.inf)
         self.token, self.graph = torch.zeros_like(self.position), None
 
     def step(self, token: Tensor) -> Tensor:
@@ -669,15 +671,16 @@ class GraphDecoder(Decoder):
         if self.graph is not None:
             self.graph.replay()
             return self.logits
-        logits = self.forward(self.token)  # warms up what is recorded next
-        self.record()
+        with end_on_error("this model cannot decode with a recorded step, so give --no-cuda-graphs"):
+            logits = self.forward(self.token)  # warms up what is recorded next
+            self.record()
         return logits
 
     def record(self):
         """Records a step, on CUDA; on the CPU (in tests) each step simply runs."""
         if self.token.is_cuda:
             self.graph = torch.cuda.CUDAGraph()
-            with end_on_error("a step cannot be recorded, so give --no-cuda-graphs"), torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph):
                 self.logits = self.forward(self.token)  # recorded, not run
 
 
@@ -685,16 +688,21 @@ def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     """The first token whose cumulative probability exceeds the draw: (rows, 1), from (rows, V) and (rows, 1).
 
     In two stages, blocks of neighbouring tokens and then those of one block: a large vocabulary is then read but once.
+    Where probabilities are NaN, so is their logarithm, and any token will do.
     """
-    precise, size = uniforms.dtype, math.gcd(probs.shape[1], 512)
-    below_1 = 1 - torch.finfo(precise).eps  # times which a sum is less than itself, so that there is always a first
+    last, precise = probs.shape[1] - 1, uniforms.dtype
+    if probs.shape[1] > 1024 and probs.shape[1] % 64:
+        probs = torch.nn.functional.pad(probs, (0, -probs.shape[1] % 64))  # else blocks would be small
+    size = math.gcd(probs.shape[1], 512)
+    below_1 = 1 - torch.finfo(precise).eps  # keeps a draw below the sum, so that some cumulative probability exceeds it
     blocks = probs.unflatten(1, (-1, size))  # (rows, V / size, size)
     cdf = torch.nn.functional.pad(blocks.sum(-1).cumsum(-1, dtype=precise), (1, 0))
     draw = uniforms.clamp(max=below_1) * cdf[:, -1:]
-    block = torch.searchsorted(cdf, draw, right=True) - 1  # (rows, 1)
+    block = (torch.searchsorted(cdf, draw, right=True) - 1).clamp(max=blocks.shape[1] - 1)  # (rows, 1)
     draw = draw - cdf.gather(1, block)  # what is left of it for the block
     cdf = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1, dtype=precise)  # (rows, size)
-    return block * size + torch.searchsorted(cdf, torch.minimum(draw, below_1 * cdf[:, -1:]), right=True)
+    token = torch.searchsorted(cdf, torch.minimum(draw, below_1 * cdf[:, -1:]), right=True)
+    return (block * size + token).clamp(max=last)
 
 
 @torch.no_grad()
@@ -727,30 +735,30 @@ def generate(
         decoder = GraphDecoder(model, cache, seen, position, max_new_tokens)
     else:
         decoder = Decoder(model, cache, seen, position)
-    unfinished, ended = torch.arange(num_rows, device=device), torch.zeros(num_rows, dtype=torch.bool, device=device)
+    batch = torch.arange(num_rows, device=device)  # the rows in it; with graphs, ended ones stay for a while
+    ended = torch.zeros_like(batch, dtype=torch.bool)
     tokens = torch.full((num_rows, max_new_tokens), -1, device=device)
     logprobs = torch.zeros(num_rows, max_new_tokens, device=device)
     uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)  # MPS has no float64
     stops = torch.tensor(eos_ids, dtype=torch.long, device=device)
     for t in range(max_new_tokens):
-        scaled = logits[:, -1] if temperature in (0, 1) else logits[:, -1].float() / temperature
-        step_logprobs = scaled.log_softmax(-1, dtype=torch.float32)  # (rows left, V)
+        scaled = logits[:, -1] if temperature in (0, 1) else logits[:, -1].float() / temperature  # (rows left, V)
+        step_logprobs = scaled.log_softmax(-1, dtype=torch.float32)
         if temperature:
-            token = inverse_cdf(step_logprobs.exp(), uniforms[unfinished, t, None])
+            token = inverse_cdf(step_logprobs.exp(), uniforms[batch, t, None])
         else:
             token = step_logprobs.argmax(-1, keepdim=True)  # (rows left, 1)
-        tokens[unfinished, t] = token[:, 0].masked_fill(ended, -1)
-        logprobs[unfinished, t] = step_logprobs.gather(1, token)[:, 0]
+        tokens[batch, t] = token[:, 0].masked_fill(ended, -1)
+        logprobs[batch, t] = step_logprobs.gather(1, token)[:, 0]
         ended = ended | torch.isin(token[:, 0], stops)
         left = (~ended).nonzero()[:, 0]
         if t + 1 == max_new_tokens or not len(left):
             break
-        most = len(unfinished) - 1  # rows left with which the batch shrinks
-        if graphs:  # each size is recorded: so by halves, and no further than saves time
-            most = len(unfinished) // 2 if len(unfinished) > 32 else 0
+        # ended rows leave at once; with graphs, of which each size is recorded, by halves while more than 32 are there
+        most = len(batch) - 1 if not graphs else len(batch) // 2 if len(batch) > 32 else 0
         if len(left) <= most:
             decoder.keep(left)
-            unfinished, token, ended = unfinished[left], token[left], ended[left]
+            batch, token, ended = batch[left], token[left], ended[left]
         logits = decoder.step(token)
     model.train(was_training)
     lengths, tokens, logprobs = (tokens >= 0).sum(1).tolist(), tokens.tolist(), logprobs.tolist()
@@ -895,7 +903,7 @@ def main(args: Args) -> dict[str, float]:
         all_rows = reference is not None or args.entropy_coef > 0
         trained = [n for n in range(B * G) if all_rows or advantages[n] != 0]
         left_out = sorted(set(range(B * G)) - set(trained))
-        trained += left_out[: -len(trained) % WORLD_SIZE]  # a multiple, so that no rank is without a row
+        trained += left_out[: -len(trained) % WORLD_SIZE]  # to a multiple of the ranks: each has a row
         sequences = []  # ids, mask and sampling log-probabilities of each row
         for n in trained:
             prompt, completion = prompts[n // G], completions[n]
@@ -907,9 +915,10 @@ def main(args: Args) -> dict[str, float]:
             frozen = functools.partial(token_logprobs, reference, temperature=args.temperature, with_entropy=False)
             with torch.no_grad(), autocast(device):
                 ref_logprobs = [frozen(ids, mask)[0] for _, ids, mask, _ in batches]
-        trained_advantages, lr = advantages[trained].to(device), learning_rate(args, step, steps, peak_lr)
+        trained_advantages = advantages[trained].to(device)
+        lr, step_means = learning_rate(args, step, steps, peak_lr), Means()
         drawn = shuffled_indices(len(sft_data), args.seed, "sft", step, B) if args.sft_coef else []
-        demonstrations, step_means = [sft_data[i] for i in drawn], Means()
+        demonstrations = [sft_data[i] for i in drawn]
         sft_tokens = sum(sum(mask) for _, mask in demonstrations)
         for epoch in range(args.num_epochs):
             epoch_means = Means()
@@ -925,7 +934,7 @@ def main(args: Args) -> dict[str, float]:
                 if epoch == 0 and reference is not None:
                     step_means.add(mask, kl_ref_k1=logprobs - ref, kl_ref_k3=kl_k3(logprobs, ref))
                     step_means.add(kl_ref_seq=((logprobs - ref) * mask).sum(1))
-                old, weights, advantage = old_logprobs[k], None, trained_advantages[indices]  # (n, L), (n,)
+                old, advantage, weights = old_logprobs[k], trained_advantages[indices], None  # (n, L), (n,)
                 if args.is_cap:  # the sampling copy is not quite the policy: weigh each token by their ratio
                     weights = (old - sampled).exp().clamp(max=args.is_cap)  # (n, L)
                     step_means.add(mask, is_weight=weights)
@@ -933,7 +942,7 @@ def main(args: Args) -> dict[str, float]:
                 epoch_means.add(mask, clip_frac=outside, approx_kl_old=kl_k3(old, logprobs))  # KL(old || policy)
                 loss = grpo_loss(logprobs, old, ref, advantage, mask, args.clip_eps, args.kl_coef, B * G, weights)
                 if args.entropy_coef:  # averaged like the objective
-                    loss = loss - args.entropy_coef * ((entropy * mask).sum(1) / mask.sum(1)).sum() / (B * G)
+                    loss = loss - args.entropy_coef * (entropy.sum(1) / mask.sum(1)).sum() / (B * G)
                 run.backward(loss)
                 if not run.shown:
                     run.show_first_batch(tokenizer, ids, mask)
@@ -948,7 +957,7 @@ def main(args: Args) -> dict[str, float]:
                 step_means.add(mask, sft_loss=-logprobs)
 
             # (5) update
-            step_means.add(**run.update(optimizer=lr))  # clips, steps and clears the gradient
+            step_means.add(**run.update(optimizer=lr))  # clips, steps at the rate lr, clears; returns loss, grad_norm
         refresh(sampler, policy)
 
         seconds = time.perf_counter() - clock
@@ -1031,7 +1040,7 @@ def pick_device() -> torch.device:
 
 
 def over_ranks(x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
-    """The sum of x over all ranks. With MAX: each fills in its own rows of a tensor of -inf, and all get every row."""
+    """The sum of x over all ranks, or with MAX the largest: of rows that are -inf on all ranks but one, that one's."""
     if WORLD_SIZE > 1:
         x = x.clone()
         dist.all_reduce(x, operation)
@@ -1042,7 +1051,7 @@ def autocast(device: torch.device):
     """bfloat16 arithmetic on CUDA, over float32 weights; float32 elsewhere."""
     if device.type != "cuda":
         return nullcontext()
-    return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)  # a cached weight would sum its gradient in it
+    return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)  # a cached copy sums gradients in bfloat16
 
 
 def seeded(seed: int, purpose: str, step: int) -> torch.Generator:
@@ -1214,7 +1223,7 @@ def refresh(sampler, model):
 def shard(model, device: torch.device, args: "Args | None" = None):
     """The model with its layers compiled, if `args` say so, and a share of each weight on every rank (FSDP2)."""
     layers = [x for x in model.modules() if type(x).__name__ in (model._no_split_modules or ())]
-    model.compiles = bool(args and args.compile)  # read by token_logprobs
+    model.compiles = bool(args and args.compile)  # read by token_logprobs, where there is one
     for layer in layers if model.compiles else ():
         layer.compile(dynamic=True)
     if WORLD_SIZE > 1:
@@ -1334,7 +1343,7 @@ class Run:
     Whatever is more than a line is written beside its place and renamed: a kill leaves what --resume goes on from.
     """
 
-    free = ("resume", "overwrite", "track", "wandb_project", "sample_every", "save_every", "save_dtype", "out")
+    may_change = ("resume", "overwrite", "track", "wandb_project", "sample_every", "save_every", "save_dtype", "out")
     files = """metrics.jsonl samples.jsonl checkpoints wandb config.json generation_config.json chat_template.jinja
         additional_chat_templates model.safetensors model.safetensors.index.json model-*-of-*.safetensors tokenizer.json
         tokenizer_config.json tokenizer.model added_tokens.json vocab.json vocab.txt merges.txt"""
@@ -1366,7 +1375,7 @@ class Run:
             self.record = {}
             return
         for name, value in self.settings.items():
-            free = name in self.free or (name in ("steps", "epochs") and args.lr_schedule == "constant")
+            free = name in self.may_change or (name in ("steps", "epochs") and args.lr_schedule == "constant")
             before, flag = self.record["args"].get(name), "--" + name.replace("_", "-")
             require(free or value == before, f"--resume: {flag} was {before!r}; {value!r} would change the result")
         for folder in self.checkpoints():  # the last one counts

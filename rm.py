@@ -109,7 +109,7 @@ class Args:
     epochs: int = 1
     """Passes over the training rows."""  # paper: 1
     steps: int | None = None
-    """Optimizer steps (default: all epochs); in grpo.py and ppo.py rollouts (default: 200 and 70)."""
+    """Rollouts in grpo.py and ppo.py (default: 200 and 70); else optimizer steps (default: all epochs)."""
     batch_size: int = 32
     """Rows per optimizer step."""  # paper: 64
     lr: float | None = None
@@ -594,7 +594,7 @@ def pick_device() -> torch.device:
 
 
 def over_ranks(x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
-    """The sum of x over all ranks. With MAX: each fills in its own rows of a tensor of -inf, and all get every row."""
+    """The sum of x over all ranks, or with MAX the largest: of rows that are -inf on all ranks but one, that one's."""
     if WORLD_SIZE > 1:
         x = x.clone()
         dist.all_reduce(x, operation)
@@ -605,7 +605,7 @@ def autocast(device: torch.device):
     """bfloat16 arithmetic on CUDA, over float32 weights; float32 elsewhere."""
     if device.type != "cuda":
         return nullcontext()
-    return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)  # a cached weight would sum its gradient in it
+    return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)  # a cached copy sums gradients in bfloat16
 
 
 def seeded(seed: int, purpose: str, step: int) -> torch.Generator:
@@ -733,7 +733,7 @@ def whole(x: Tensor) -> Tensor:
 def shard(model, device: torch.device, args: "Args | None" = None):
     """The model with its layers compiled, if `args` say so, and a share of each weight on every rank (FSDP2)."""
     layers = [x for x in model.modules() if type(x).__name__ in (model._no_split_modules or ())]
-    model.compiles = bool(args and args.compile)  # read by token_logprobs
+    model.compiles = bool(args and args.compile)  # read by token_logprobs, where there is one
     for layer in layers if model.compiles else ():
         layer.compile(dynamic=True)
     if WORLD_SIZE > 1:
@@ -853,7 +853,7 @@ class Run:
     Whatever is more than a line is written beside its place and renamed: a kill leaves what --resume goes on from.
     """
 
-    free = ("resume", "overwrite", "track", "wandb_project", "sample_every", "save_every", "save_dtype", "out")
+    may_change = ("resume", "overwrite", "track", "wandb_project", "sample_every", "save_every", "save_dtype", "out")
     files = """metrics.jsonl samples.jsonl checkpoints wandb config.json generation_config.json chat_template.jinja
         additional_chat_templates model.safetensors model.safetensors.index.json model-*-of-*.safetensors tokenizer.json
         tokenizer_config.json tokenizer.model added_tokens.json vocab.json vocab.txt merges.txt"""
@@ -885,7 +885,7 @@ class Run:
             self.record = {}
             return
         for name, value in self.settings.items():
-            free = name in self.free or (name in ("steps", "epochs") and args.lr_schedule == "constant")
+            free = name in self.may_change or (name in ("steps", "epochs") and args.lr_schedule == "constant")
             before, flag = self.record["args"].get(name), "--" + name.replace("_", "-")
             require(free or value == before, f"--resume: {flag} was {before!r}; {value!r} would change the result")
         for folder in self.checkpoints():  # the last one counts

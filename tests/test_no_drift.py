@@ -13,7 +13,7 @@ TOP_LEVEL = [name for name in SCRIPTS if "/" not in name]
 VARIANTS = [name for name in SCRIPTS if "/" in name]
 PLUMBING = f"# {'-' * 108} plumbing"
 # Most lines from the header to the end of main, and of the plumbing below it. Caps, not targets.
-BUDGETS = {"sft.py": 712, "rm.py": 540, "dpo.py": 908, "grpo.py": 977, "ppo.py": 1160}
+BUDGETS = {"sft.py": 721, "rm.py": 540, "dpo.py": 917, "grpo.py": 986, "ppo.py": 1169}
 PLUMBING_BUDGET = 620
 
 
