@@ -5,46 +5,46 @@
 """PPO: proximal policy optimisation of a language model (Schulman et al. 2017, arXiv:1707.06347, eq. 7; for language
 models Ouyang et al. 2022, arXiv:2203.02155, eq. 2).
 
-Maximise E[score] - kl_coef * KL(policy || reference). The baseline is a value model. The loss that is minimised:
+Maximise E[score] - kl_coef * KL(policy || reference), of whole completions. The baseline is a value model. The loss:
 
     loss     = policy_loss + vf_coef * value_loss - entropy_coef * entropy + sft_coef * sft_loss
     policy_loss = 1/num_tokens * sum_n sum_t max(-A * ratio, -A * clip(ratio, 1 - clip_eps, 1 + clip_eps))
     value_loss  = 1/num_tokens * sum_n sum_t 1/2 * max((values - returns)^2, (clipped - returns)^2)
-                                                        clipped: values within value_clip_eps of old_values; 0: off
-    ratio    = exp(logprobs - old_logprobs)                     old: of the policy and value model before the updates
+    clipped  = old_values + clip(values - old_values, -value_clip_eps, value_clip_eps); just values if that eps is 0
+    ratio    = exp(logprobs - old_logprobs)    w = min(exp(old_logprobs - sampling_logprobs), is_cap); 1 if is_cap is 0
     rewards_t = -kl_coef * (old_logprobs - ref_logprobs)_t, plus the score at the last action
     A_t      = delta_t + gamma * lam * A_{t+1}        delta_t = rewards_t + gamma * old_values_{t+1} - old_values_t
-    returns  = A + old_values; then A is whitened over the action tokens of the step: mean 0, biased variance 1
+    returns  = A + old_values; then A is whitened over the actions of the step, mean 0, biased variance 1, and times w
 
 Each step:  (1) rollout: `prompts_per_step` prompts, `group_size` samples each, by temperature only    (2) scores
-            (3) log-probabilities of policy and reference, values        (4) rewards and advantages, token by token
-            (5) `num_epochs` times `num_minibatches` minibatches: loss and gradient        (6) update
+            (3) old_logprobs, ref_logprobs, old_values: one forward pass each    (4) rewards_t, A, returns
+            (5) `num_epochs` times, for each of `num_minibatches` minibatches: loss and gradient, then (6) an update
 
-Signal: one score per completion, at its last action (EOS); the value model spreads it over the tokens.
-KL: k1 per token in the reward, of the policy that sampled, not differentiated: through the advantages its expected
-    gradient is that of KL(policy || reference); k1 differentiated in the loss would have expected gradient 0.
+Signal: one score per completion, at its last action (EOS unless cut); the value model spreads it over the tokens.
+KL: k1 = old_logprobs - ref_logprobs in the reward of each token, not differentiated: at gamma 1, with lam 1 or exact
+    values, its expected gradient is that of KL(policy || reference); k1 differentiated in the loss would have 0.
 Mask and normaliser: EOS is an action; the num_tokens actions of a minibatch weigh alike, in the entropy too; sft_loss
     has its own token mean. A value never sees the token that it is the baseline of; after the last action it is 0.
-Truncation: a completion cut at `max_new_tokens` has `missing_eos_penalty` taken off its score.
-Four models: policy, reference (the policy as it was loaded), reward model or verifier, value model (a network and an
-    optimizer of its own; it starts from the reward model, or from the policy with a head of zeros). Unlike Ouyang et
-    al.: several epochs, no moving average of the weights, a learning rate that decays.
+Truncation: a completion cut at `max_new_tokens` loses `missing_eos_penalty`; it counts as ended, without bootstrap.
+Four models: policy, reference (`model`, frozen), reward model or verifier, value model (a network and an optimizer of
+    its own; it starts from the reward model, or from the policy with a head of zeros). Unlike Ouyang et al.: several
+    epochs, no moving average of the weights, a learning rate that decays.
 
 Run:  python sft.py && python rm.py && python ppo.py  a laptop CPU, eight minutes; --reward exact: no rm.py; GPU: README
 Metrics (metrics.jsonl), and what healthy looks like:
-  reward, reward_std, reward/NAME    the score after `missing_eos_penalty`, and by name; std -> 0 is collapse
+  reward, reward_std, reward/NAME    weighted sum less `missing_eos_penalty`; std -> 0 is collapse; each reward as it is
   accuracy                where rows have an `answer`: if reward rises and this does not, the reward is being gamed
-  kl_ref_k1, kl_ref_k3    KL to the reference per token; kl_ref_seq: per completion; a warning above 15
-  loss, policy_loss, value_loss, sft_loss    means over the updates of the step; policy_loss is near 0 by construction
-  clip_frac, approx_kl_old    before each update, the first of which has 0; clip_frac above 0.3 is a warning
+  kl_ref_k1, kl_ref_k3    KL to the reference per token, before the updates; kl_ref_seq: per completion, warns above 15
+  loss, policy_loss, value_loss, sft_loss    means over updates, sft_loss over tokens; policy_loss near 0 by whitening
+  clip_frac, approx_kl_old    share of ratios beyond clip_eps, a warning above 0.3; KL(old || policy); 0 at first update
   entropy                 of the distribution at `temperature`; a warning below a tenth of the first step's
-  explained_variance, value_mean, return_mean    of the returns by old_values: 1 is perfect, 0 a constant, < 0 harmful
-  grad_norm, value_grad_norm, lr, value_lr, num_updates    norms before clipping, means over the updates
+  explained_variance, value_mean, return_mean    1 - Var(returns - old_values) / Var(returns), < 0 is harmful; means
+  grad_norm, value_grad_norm, lr, value_lr, num_updates    norms before clipping, means; updates tried until `target_kl`
   completion_length, truncated_frac  tokens, EOS included; share cut at `max_new_tokens`
   sampling_gap_max, sampling_gap_mean    |sampling - training log-probability|: below 1e-3 in float32
   eval/accuracy_sampled, eval/accuracy_greedy, eval/answered_*, eval/reward_*    held-out prompts, without the penalty
-  skipped_updates, is_weight    updates left out so far, not finite; mean of the weights that `is_cap` bounds: near 1
-B prompts, G samples each, N = B*G sequences (n in a micro-batch), M minibatches, L tokens (prompt + completion),
+  skipped_updates, is_weight    updates left out so far, not finite; mean of w: near 1
+B prompts, G samples each, N = B*G sequences (a micro-batch has n), M minibatches, L tokens (prompt + completion),
 V vocabulary, D hidden. Index t of an (N, L) tensor speaks of the decision to emit token t (read from the state at t-1).
 """
 
@@ -112,7 +112,7 @@ class Args:
     out: str = "runs/ppo"
     """Folder for the final model, logs and checkpoints."""
 
-    # algorithm
+    # algorithm; paper: Ouyang et al. 2022, appendix C.4
     steps: int | None = None
     """Rollouts in grpo.py and ppo.py (default: 200 and 70); else optimizer steps (default: all epochs)."""
     prompts_per_step: int = 256
@@ -128,11 +128,11 @@ class Args:
     clip_eps: float = 0.2
     """Half-width of the band in which the probability ratio is not clipped."""  # paper: 0.2
     value_clip_eps: float = 0.0
-    """How far a value may move in a step before the clipping, in units of the reward; 0: freely."""  # as in the paper
+    """How far a value may move in a step before the clipping, in units of the reward; 0: freely."""  # Schulman 2017: 0
     gamma: float = 1.0
     """Discount per token."""  # paper: 1.0
     lam: float = 0.95
-    """GAE's lambda: 1 is Monte Carlo, 0 the one-step TD residual."""  # paper: 0.95
+    """GAE's lambda: 1 is Monte Carlo, 0 the one-step TD residual."""  # Schulman et al. 2017: 0.95
     vf_coef: float = 1.0
     """Weight of the value loss; Adam divides it out, so it acts through `max_grad_norm` alone: see `value_lr`."""
     kl_coef: float = 0.05
@@ -156,7 +156,7 @@ class Args:
     lr: float | None = None
     """Peak learning rate; default: one that suits the size of the model, printed and logged."""
     value_lr: float | None = None
-    """The value model's peak learning rate; default: as for `lr`."""  # paper: 9e-6
+    """The value model's peak learning rate; default: one that suits its size, printed and logged."""  # paper: 9e-6
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay of the learning rate after the warm-up, to 0 just after the last step."""
     warmup_steps: int = 8
@@ -276,12 +276,12 @@ def policy_loss(
 ) -> Tensor:
     """sum_n sum_t max(-A * ratio, -A * clip(ratio, 1 - clip_eps, 1 + clip_eps)) / num_tokens, a scalar. Eq. 7.
 
-    logprobs, old_logprobs, advantages, mask: (N, L). num_tokens counts the actions of the whole optimizer step, so the
-    losses of micro-batches add up to that of the step. Raises ValueError on a wrong shape.
+    logprobs, old_logprobs, advantages, mask: (n, L). num_tokens counts the actions of the whole minibatch, so that the
+    losses of its micro-batches add up to its own. Raises ValueError on a wrong shape.
     """
     if not logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape:
         raise ValueError(f"shapes {logprobs.shape}, {old_logprobs.shape}, {advantages.shape} and mask {mask.shape}")
-    ratio = (logprobs - old_logprobs).exp()  # (N, L)
+    ratio = (logprobs - old_logprobs).exp()  # (n, L)
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     return (torch.maximum(-advantages * ratio, -advantages * clipped) * mask).sum() / num_tokens
 
@@ -289,14 +289,14 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_eps: float, num_tokens: int
 ) -> Tensor:
-    """1/2 sum_n sum_t max((V - R)^2, (V_clip - R)^2) / num_tokens, V_clip within clip_eps of the old value; a scalar.
+    """1/2 sum_n sum_t max((values - returns)^2, (clipped - returns)^2) / num_tokens, a scalar.
 
-    values, old_values, returns, mask: (N, L), in units of the reward; clip_eps 0 turns the clipping off. The paper has
-    the squared error alone (eq. 9); the clipping is that of its published code. Raises ValueError on a wrong shape.
+    values, old_values, returns, mask: (n, L); clipped: values within clip_eps of old_values, or values if that is 0.
+    Schulman et al. 2017, eq. 9; 1/2 and clipping as in their published code. Raises ValueError on a wrong shape.
     """
     if not values.shape == old_values.shape == returns.shape == mask.shape:
         raise ValueError(f"shapes {values.shape}, {old_values.shape}, {returns.shape} and mask {mask.shape}")
-    error = (values - returns) ** 2  # (N, L)
+    error = (values - returns) ** 2  # (n, L)
     if clip_eps:
         clipped = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
         error = torch.maximum(error, (clipped - returns) ** 2)
@@ -800,14 +800,17 @@ class GraphDecoder(Decoder):
 def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     """The first token whose cumulative probability exceeds the draw: (rows, 1), from (rows, V) and (rows, 1).
 
-    In two stages, blocks of neighbouring tokens and then those of one block: a large vocabulary is then read but once.
-    Where probabilities are NaN, so is their logarithm, and any token will do.
+    A large vocabulary in two stages, blocks of tokens and then those of one block, so that it is read but once. Where
+    probabilities are NaN, so is their logarithm, and any token will do.
     """
     last, precise = probs.shape[1] - 1, uniforms.dtype
-    if probs.shape[1] > 1024 and probs.shape[1] % 64:
-        probs = torch.nn.functional.pad(probs, (0, -probs.shape[1] % 64))  # else blocks would be small
-    size = math.gcd(probs.shape[1], 512)
     below_1 = 1 - torch.finfo(precise).eps  # keeps a draw below the sum, so that some cumulative probability exceeds it
+    if last < 1024:
+        cdf = probs.cumsum(-1, dtype=precise)
+        return torch.searchsorted(cdf, uniforms.clamp(max=below_1) * cdf[:, -1:], right=True).clamp(max=last)
+    if probs.shape[1] % 64:  # blocks need a common size
+        probs = torch.nn.functional.pad(probs, (0, -probs.shape[1] % 64))
+    size = math.gcd(probs.shape[1], 512)
     blocks = probs.unflatten(1, (-1, size))  # (rows, V / size, size)
     cdf = torch.nn.functional.pad(blocks.sum(-1).cumsum(-1, dtype=precise), (1, 0))
     draw = uniforms.clamp(max=below_1) * cdf[:, -1:]
@@ -1070,7 +1073,7 @@ def main(args: Args) -> dict[str, float]:
         truncated = torch.tensor([float(completion[-1] not in eos_ids) for completion in completions])  # (N,)
         scores = scores - args.missing_eos_penalty * truncated
 
-        # (3) log-probabilities of the policy that sampled and of the reference, values: (N, L) each
+        # (3) log-probabilities of the policy that sampled, recomputed, and of the reference, values: (N, L) each
         sequences = []  # ids and mask of each row
         for n, completion in enumerate(completions):
             prompt = prompts[n // G]
@@ -1108,9 +1111,9 @@ def main(args: Args) -> dict[str, float]:
             batch, kl_sum, losses = [sequences[n] for n in minibatch], 0.0, 0.0
             num_tokens = sum(sum(actions) for _, actions in batch)
             for indices, ids, actions in micro_batches(batch, args.micro_batch_tokens, device):
-                n, L = [minibatch[i] for i in indices], ids.shape[1]
+                picked, L = [minibatch[i] for i in indices], ids.shape[1]
                 of_rollout = (old_logprobs, advantages, old_values, returns)
-                old, advantage, old_value, target = (x[n, :L] for x in of_rollout)  # (n, L), like all below
+                old, advantage, old_value, target = (x[picked, :L] for x in of_rollout)  # (n, L), like all below
                 with autocast(device):
                     logprobs, entropy = token_logprobs(policy, ids, actions, args.temperature, args.entropy_coef > 0)
                 policy_part = policy_loss(logprobs, old, advantage, actions, args.clip_eps, num_tokens)
@@ -1122,14 +1125,14 @@ def main(args: Args) -> dict[str, float]:
                 losses = losses + torch.stack([policy_part, value_part]).detach()
                 outside, kl = ((logprobs - old).exp() - 1).abs() > args.clip_eps, kl_k3(old, logprobs).detach()
                 kl_sum = kl_sum + (kl * actions).sum()
-                means.add(actions, clip_frac=outside, approx_kl_old=kl)
+                means.add(actions, clip_frac=outside, approx_kl_old=kl)  # KL(old || policy)
                 if not run.shown:
                     run.show_first_batch(tokenizer, ids, actions)
-                    check_sampling((logprobs - sampled[n, :L]).abs(), actions, means)
+                    check_sampling((logprobs - sampled[picked, :L]).abs(), actions, means)
             if args.target_kl and over_ranks(kl_sum) / num_tokens > args.target_kl:
                 run.discard()
                 break
-            demonstrations = [sft_data[i] for i in drawn[k % M :: M]]
+            demonstrations = [sft_data[i] for i in drawn[k % M :: M]]  # 1/M of the step's, the same in each epoch
             sft_tokens = sum(sum(actions) for _, actions in demonstrations)
             for _, ids, actions in micro_batches(demonstrations, args.micro_batch_tokens, device):
                 with autocast(device):

@@ -488,14 +488,17 @@ class GraphDecoder(Decoder):
 def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     """The first token whose cumulative probability exceeds the draw: (rows, 1), from (rows, V) and (rows, 1).
 
-    In two stages, blocks of neighbouring tokens and then those of one block: a large vocabulary is then read but once.
-    Where probabilities are NaN, so is their logarithm, and any token will do.
+    A large vocabulary in two stages, blocks of tokens and then those of one block, so that it is read but once. Where
+    probabilities are NaN, so is their logarithm, and any token will do.
     """
     last, precise = probs.shape[1] - 1, uniforms.dtype
-    if probs.shape[1] > 1024 and probs.shape[1] % 64:
-        probs = torch.nn.functional.pad(probs, (0, -probs.shape[1] % 64))  # else blocks would be small
-    size = math.gcd(probs.shape[1], 512)
     below_1 = 1 - torch.finfo(precise).eps  # keeps a draw below the sum, so that some cumulative probability exceeds it
+    if last < 1024:
+        cdf = probs.cumsum(-1, dtype=precise)
+        return torch.searchsorted(cdf, uniforms.clamp(max=below_1) * cdf[:, -1:], right=True).clamp(max=last)
+    if probs.shape[1] % 64:  # blocks need a common size
+        probs = torch.nn.functional.pad(probs, (0, -probs.shape[1] % 64))
+    size = math.gcd(probs.shape[1], 512)
     blocks = probs.unflatten(1, (-1, size))  # (rows, V / size, size)
     cdf = torch.nn.functional.pad(blocks.sum(-1).cumsum(-1, dtype=precise), (1, 0))
     draw = uniforms.clamp(max=below_1) * cdf[:, -1:]

@@ -13,7 +13,7 @@ TOP_LEVEL = [name for name in SCRIPTS if "/" not in name]
 VARIANTS = [name for name in SCRIPTS if "/" in name]
 PLUMBING = f"# {'-' * 108} plumbing"
 # Most lines from the header to the end of main, and of the plumbing below it. Caps, not targets.
-BUDGETS = {"sft.py": 721, "rm.py": 540, "dpo.py": 917, "grpo.py": 986, "ppo.py": 1169}
+BUDGETS = {"sft.py": 724, "rm.py": 540, "dpo.py": 920, "grpo.py": 989, "ppo.py": 1172}
 PLUMBING_BUDGET = 620
 
 
