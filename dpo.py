@@ -5,13 +5,13 @@
 """DPO: direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290, eq. 7).
 
 Maximise E[reward] - beta * KL(policy || reference) without a reward model and without sampling: the policy that is
-optimal for a reward r has r(x, y) = beta * log(pi / pi_ref) + a constant of x, so the Bradley-Terry likelihood can be
-written with the policy alone. The loss that is minimised:
+optimal for a reward r has r(x, y) = beta * log(pi(y|x) / pi_ref(y|x)) + a term of the prompt x alone. That cancels in
+P(chosen > rejected) = sigmoid(r(x, chosen) - r(x, rejected)), whose likelihood is maximised. The loss:
 
     loss     = -1/batch_size * sum_n [ (1 - label_smoothing) * log sigmoid(z) + label_smoothing * log sigmoid(-z) ]
     z        = chosen_rewards - rejected_rewards
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)                the implicit reward; rejected_rewards alike
-    logps    = sum_t mask[n, t] * logprobs[n, t]                             summed over the completion, not averaged
+    logps    = sum_t mask[n, t] * log pi(ids[n, t] | ids[n, :t])             summed over the completion, not averaged
 
 Before the first step: the reference (the model as it was loaded, or `reference`) scores all pairs and is freed, so that
 only one model is in memory (on a GPU a bfloat16 copy that samples, too).
@@ -19,33 +19,33 @@ Each step:  (1) batch: the next `batch_size` pairs of an endless stream of shuff
             (2) loss and gradient over token-budget micro-batches of whole pairs    (3) update
 
 Signal: one comparison per pair. The weight of a pair in the gradient is beta * (sigmoid(-z) - label_smoothing): pairs
-    that are right count little. `label_smoothing`: the share of labels taken to be wrong (conservative DPO, Mitchell
-    2023). At 0, as in the paper, pairs that are right are pushed on, and what neither side holds gains probability.
+    that are right count little, or are pulled back. `label_smoothing`: the share of labels taken to be wrong (Mitchell
+    2023). At 0, as in the paper, z is pushed up without end, and completions outside the data may gain probability.
 KL: nowhere in the loss; beta stands for it. At the optimum a larger beta stays closer to the reference, but it scales
     the gradient too: under plain gradient descent a short run may end further away (Adam divides the scale out).
-Mask and normaliser: EOS is part of the completion; the mean is over the pairs of the whole step.
+Mask and normaliser: mask is 1 on the completion and its EOS, else 0; the mean is over the pairs of the whole step.
 Truncation: none. A pair of which either side exceeds `max_length` is dropped and counted.
-Unlike the paper: label smoothing, AdamW instead of RMSprop, and a learning rate that decays.
+Unlike the paper: label smoothing, AdamW instead of RMSprop, a shorter warm-up, and a learning rate that decays.
 
 Data: rows of prompt + chosen + rejected, text or messages; or of chosen + rejected alone, whole conversations whose
-    shared beginning is the prompt (messages, or text with turns marked as in HH-RLHF).
+    shared beginning is the prompt (messages, or text with turns marked as in HH-RLHF). `answer`, an optional column.
 
 Run:  python sft.py && python dpo.py                                             a laptop CPU, under three minutes
       python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct ... one GPU, or torchrun --nproc-per-node 8 dpo.py ...; README
       python dpo.py --score-only --model runs/dpo --reference runs/sft    policy and reference as a reward model
 
 Metrics (metrics.jsonl), and what healthy looks like:
-  loss                    ln 2 = 0.69 at the start, unless `reference` is another model; falls
+  loss                    ln 2 = 0.69 at the start, unless `reference` is another model; at best 0.33 if smoothed by 0.1
   pair_accuracy, margin   of the step: share of pairs with z > 0 (0.5 if equal); mean z
   chosen_reward, rejected_reward    implicit; the first should not fall far below 0
-  chosen_logps, rejected_logps      nats per completion; both fall together: lower --lr, or a larger --beta
+  chosen_logps, rejected_logps      nats per completion; the second falls; if both fall far: lower --lr or raise --beta
   grad_norm, lr           the norm before clipping
   eval/...                the first seven on held-out pairs, eval/loss without smoothing; at step 0 too
-  eval/accuracy_sampled, eval/accuracy_greedy, eval/answered_*    held-out prompts, where rows have an `answer`
+  eval/accuracy_sampled, eval/accuracy_greedy, eval/answered_*  share right at temperature 1, at 0; share with an answer
   skipped_updates         updates left out so far because they were not finite
 
-Dimensions: N pairs, 2N sequences (first the chosen ones, then the rejected ones), L tokens, V vocabulary, D hidden.
-Index t of every (N, L) tensor speaks of the decision to emit token t (read from the hidden state at t-1).
+Dimensions: N pairs (n in a micro-batch), 2N sequences (first the chosen ones, then the rejected ones), L tokens,
+V vocabulary, D hidden. Index t of a (2N, L) tensor speaks of the decision to emit token t (read from the state at t-1).
 """
 
 import copy
@@ -110,11 +110,11 @@ class Args:
 
     # algorithm
     beta: float | None = None
-    """Scale of the implicit reward; default: one that suits the size of the model, printed and logged."""  # paper: 0.1
+    """Scale of the implicit reward; default: what suits the model's size; to score, its run's."""  # paper: 0.1
     label_smoothing: float = 0.1
     """Share s of the labels taken to be wrong, below 0.5: no pair is pushed past z = log(1 / s - 1)."""  # paper: 0.0
     score_only: bool = False
-    """Train nothing: write the implicit rewards of the rows (of the test split) of `dataset` to `out`."""
+    """Train nothing: write implicit rewards of `dataset` (the Hub's test split) to `out`/implicit_rewards.jsonl."""
 
     # optimisation
     epochs: int = 1
@@ -185,9 +185,9 @@ def dpo_loss(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of each pair in nats, and the implicit rewards of both sides, detached; all (N,). Eq. 7.
+    """The loss of each pair in nats, and the implicit rewards of both sides, detached; all (n,).
 
-    logps: (N,), log-probabilities summed over the completion. label_smoothing: conservative DPO (Mitchell 2023).
+    logps: (n,), log-probabilities summed over the completion. Eq. 7 at label_smoothing 0, above it conservative DPO.
     Raises ValueError on unequal shapes.
     """
     shapes = {x.shape for x in (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)}
@@ -864,7 +864,7 @@ def main(args: Args) -> dict[str, float]:
     if run.checkpoint is None:
         reference = load_reference(args, tokenizer, device)
         parts = [pair_logps(reference, pairs, args.micro_batch_tokens) for pairs in (train_pairs, eval_pairs)]
-        references = torch.cat(parts)  # (N, 2)
+        references = torch.cat(parts)  # (train + eval pairs, 2): chosen, rejected
         del reference
         gc.collect()  # sharded modules refer to themselves
     model = load_model(run.checkpoint or args.model, device, args.gradient_checkpointing)
@@ -894,8 +894,8 @@ def main(args: Args) -> dict[str, float]:
             with autocast(device):
                 logprobs, _ = token_logprobs(model, ids, mask, with_entropy=False)  # (2n, L); 0 where mask is 0
             logps = logprobs.sum(1).view(2, -1)  # (2, n)
-            ref = references[[rows[i] for i in indices]].T.to(device)  # (2, n)
-            losses, chosen, rejected = dpo_loss(*logps, *ref, beta, args.label_smoothing)  # (n,) each
+            ref = references[rows][indices].T.to(device)  # (2, n)
+            losses, chosen, rejected = dpo_loss(*logps, *ref, beta, args.label_smoothing)  # (n,) each; two rewards
             run.backward(losses.sum() / args.batch_size)
             means.add(**preference_metrics(logps, chosen, rejected))
             if not run.shown:
@@ -911,7 +911,7 @@ def main(args: Args) -> dict[str, float]:
             metrics |= evaluate_dpo(*evaluation)
         samples = []
         if step % args.sample_every == 0:
-            chosen_sides = [pair[0] for pair in eval_pairs[:4]]
+            chosen_sides = [pair[0] for pair in eval_pairs[:4]]  # of which only the prompt is read
             refresh(sampler, model)
             samples = sample_rows(sampler, tokenizer, eval_rows[:4], chosen_sides, args, eos_ids, step)
         run.log(step, steps, metrics, samples, "loss pair_accuracy margin chosen_logps grad_norm lr")

@@ -7,22 +7,22 @@
 Maximise the likelihood of the preferences under P(chosen > rejected) = sigmoid(r_c - r_r). The loss that is minimised:
 
     loss     = 1/batch_size * sum_n [ -log sigmoid(r_c - r_r - margin) + center_coef * (r_c + r_r)^2 ]
-    r        = score . hidden[length - 1]      one number for the whole text, read at its last token
-    margin   a column of the data, in units of the reward; 0 where there is none
+    r        = score . hidden[length - 1]      one number for a whole text of `length` tokens, read at the last
+    margin   a column of the data, in units of the reward; 0 where there is none (the metric `margin` is another thing)
 
 Each step:  (1) batch: the next `batch_size` pairs of an endless stream of shuffled epochs
             (2) loss and gradient over token-budget micro-batches of whole pairs    (3) update
 
-Signal: one comparison per pair. Only differences matter: a constant added to all rewards of a prompt changes nothing,
-    which is why `center_coef` (Eisenstein et al. 2023) may hold their mean near 0.
+Signal: one comparison per pair. Its first term ignores a constant added to all rewards of a prompt, so `center_coef`
+    (Eisenstein et al. 2023) is free to hold each pair's mean near 0.
 KL: none.
-Mask and normaliser: the reward is read at the last token of the text (EOS, or what the chat template puts after it),
-    whose index comes from lengths. The mean is over the pairs of the whole step. A pair that is already right by far
-    hardly counts: its weight in the gradient is sigmoid(r_r - r_c + margin).
+Mask and normaliser: the last token (EOS, or what the chat template puts after it) is found by length, not by id. The
+    mean is over the pairs of the whole step; a pair weighs sigmoid(r_r - r_c + margin) in the gradient of the first
+    term, so one that is already right by far hardly counts.
 Truncation: none. A pair of which either side exceeds `max_length` is dropped and counted.
 Initialisation: the language model's weights, and a new head `score` without bias, drawn with mean 0 and variance
-    1/(D+1) (Stiennon et al. 2020, arXiv:2009.01325).
-Unlike Ouyang et al.: one pair a prompt instead of all pairs among 4 to 9 ranked completions; margin and centering.
+    1/(D+1) (Stiennon et al. 2020, arXiv:2009.01325); a reward model given as `model` keeps its head.
+Unlike Ouyang et al.: pairs stand alone, not with all others of a prompt's 4 to 9 completions; margin and centering.
 
 Data: rows of prompt + chosen + rejected, text or messages; or of chosen + rejected alone, whole conversations whose
     shared beginning is the prompt (messages, or text with turns marked as in HH-RLHF). `margin`, an optional column.
@@ -33,19 +33,19 @@ Run:  python sft.py && python rm.py                                             
 The model at `out` is an AutoModelForSequenceClassification with one label, whose pad token is no stop token, because
 transformers reads the score at the last token that is not padding.
 Metrics (metrics.jsonl), and what healthy looks like:
-  loss                    about ln 2 = 0.69 at the start; falls
+  loss                    at the start ln 2 = 0.69 and a little more, as the new head's draws are not 0; falls
   pair_accuracy, margin   of the step: share of pairs with r_c > r_r (0.5 if equal); mean gap r_c - r_r
-  reward_mean, grad_norm, lr    over both sides; near 0 if centred; the norm before clipping
-  eval/loss, eval/pair_accuracy, eval/margin    held-out pairs, without margin and centering; at step 0 too
+  reward_mean, grad_norm, lr    the mean over both sides, near 0 if centred; the norm before clipping
+  eval/loss, eval/pair_accuracy, eval/margin    held-out pairs, at step 0 too; eval/loss is the first term at margin 0
   eval/reward_mean, eval/reward_std    over both sides; the scale says how sure the model is, not how good it is
-  eval/longer_wins        accuracy of preferring the longer side: beat this, and 1 less this
+  eval/longer_wins        accuracy of preferring the longer side; eval/pair_accuracy should beat this and 1 - this
   eval/length_correlation    of reward with length, both less their pair's mean; near 1 or -1 it counts tokens
-  eval/calibration_error  |predicted_K - observed_K|, averaged over all pairs
+  eval/calibration_error  mean of |predicted_K - observed_K| over the bins K = 0 to 9, weighted by pairs_K
   calibration/predicted_K, calibration/observed_K, calibration/pairs_K    for the side with the higher reward: mean of
                           sigmoid(gap) in bin K, from 0.5 + K/20 to 0.55 + K/20; share of chosen ones; pairs in the bin
   skipped_updates         updates left out so far because they were not finite
 
-Dimensions: N pairs, 2N sequences (first the chosen ones, then the rejected ones), L tokens, D hidden.
+Dimensions: N pairs (n in a micro-batch), 2N sequences (first the chosen, then the rejected ones), L tokens, D hidden.
 """
 
 import dataclasses
@@ -103,7 +103,7 @@ class Args:
 
     # algorithm
     center_coef: float = 0.01
-    """Weight of (r_c + r_r)^2, which holds the mean reward near 0; at 0 it may be anything."""  # paper: 0.01
+    """Weight of (r_c + r_r)^2, which holds a pair's mean reward near 0; at 0 that may be anything."""  # paper: 0.01
 
     # optimisation
     epochs: int = 1
@@ -170,7 +170,7 @@ def bradley_terry_loss(
         raise ValueError(f"rewards of shapes {chosen_rewards.shape} and {rejected_rewards.shape} are not (N,) twice")
     if isinstance(margin, Tensor) and margin.shape not in ((), chosen_rewards.shape):
         raise ValueError(f"a margin of shape {margin.shape} for {len(chosen_rewards)} pairs")
-    preference = torch.nn.functional.logsigmoid(chosen_rewards - rejected_rewards - margin)  # log P(chosen > rejected)
+    preference = torch.nn.functional.logsigmoid(chosen_rewards - rejected_rewards - margin)
     return -preference + center_coef * (chosen_rewards + rejected_rewards) ** 2
 
 
@@ -187,7 +187,7 @@ def calibration(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, f
     """Predicted against observed preference for the side with the higher reward, in ten bins; rewards: (N,).
 
     predicted_K: mean sigmoid(|r_c - r_r|) of bin K, from 0.5 + K/20 to 0.55 + K/20; observed_K: how often that side is
-    the chosen one, ties counting half; pairs_K: the bin's size. error: mean |predicted - observed| over pairs.
+    the chosen one, ties counting half; pairs_K: its size. error: mean |predicted_K - observed_K|, weighted by pairs_K.
     """
     gap = chosen_rewards - rejected_rewards
     predicted, observed = gap.abs().sigmoid(), (gap > 0).float() + 0.5 * (gap == 0)
@@ -512,7 +512,7 @@ def main(args: Args) -> dict[str, float]:
         for indices, ids, mask in pair_batches(batch, args.micro_batch_tokens, device):
             with autocast(device):
                 chosen, rejected = score(model, ids, mask).chunk(2)  # (n,) each
-            margin = margins[[rows[i] for i in indices]].to(device)
+            margin = margins[rows][indices].to(device)  # (n,)
             losses = bradley_terry_loss(chosen, rejected, margin, args.center_coef)  # (n,)
             run.backward(losses.sum() / args.batch_size)
             right = (chosen > rejected).float() + 0.5 * (chosen == rejected)

@@ -8,16 +8,16 @@ Maximise the likelihood of what the assistant wrote. The loss that is minimised:
 
     loss     = - sum_n sum_t mask[n, t] * logprobs[n, t] / num_tokens
     logprobs[n, t] = log pi(ids[n, t] | ids[n, :t])
-    mask     = 1 on every assistant turn, its end of turn included; 0 on prompts, templates and padding
+    mask     = 1 on the completion, or on every assistant turn of `messages`, end of turn included; 0 on all else
 
 Each step:  (1) batch: the next `batch_size` rows of an endless stream of shuffled epochs
-            (2) loss and gradient over token-budget micro-batches    (3) update
+            (2) loss and gradient over token-budget micro-batches    (3) update: AdamW, the gradient clipped
 
-Signal: every token of a demonstration counts alike, so imitation learns its noise and its habits too.
-KL: none. Minimising this loss is minimising KL(demonstrator || policy) up to a constant.
-Mask and normaliser: num_tokens counts the trained tokens of the whole optimizer step, so the loss does not depend on
-    how the batch is split. A mean of micro-batch means would weigh tokens of short micro-batches more.
-Truncation: none. A row longer than `max_length` is dropped and counted, never cut in the middle of a completion.
+Signal: every trained token counts alike, so the demonstrator's slips and habits are learnt too.
+KL: no penalty. In expectation the loss is KL(demonstrator || policy) per token, plus the demonstrator's entropy.
+Mask and normaliser: a completion without an end of turn gets EOS. num_tokens = sum of mask over the whole step, so the
+    loss does not depend on the split; a mean of micro-batch means would weigh tokens of those with fewer more.
+Truncation: none; a row longer than `max_length` is dropped and counted. Only evaluation cuts, at `max_new_tokens`.
 
 Data: rows of prompt + completion, of messages (every assistant turn is trained, nothing else), or of question + answer
     (GSM8K as published). Where rows have an `answer`, accuracy is measured before, during and after.
@@ -31,10 +31,10 @@ Metrics (metrics.jsonl), and what healthy looks like:
   grad_norm, lr           the norm before clipping: steady after the warm-up; spikes mean a learning rate too high
   num_tokens              trained tokens of the step
   eval/loss               on held-out rows; rising while loss falls is overfitting: fewer epochs
-  eval/accuracy_sampled, eval/accuracy_greedy, eval/answered_*    held-out prompts; at step 0 too
+  eval/accuracy_sampled, eval/accuracy_greedy, eval/answered_*  share right at temperature 1, at 0; share with an answer
   skipped_updates         updates left out so far because they were not finite
 
-Dimensions: N sequences, L tokens (prompt + completion), V vocabulary, D hidden.
+Dimensions: N sequences (n in a micro-batch), L tokens (prompt + completion), V vocabulary, D hidden.
 Index t of every (N, L) tensor speaks of the decision to emit token t (read from the hidden state at t-1).
 """
 
@@ -668,7 +668,7 @@ def main(args: Args) -> dict[str, float]:
     train_rows, eval_rows = load_data(args, ["messages", "prompt+completion", "question+answer"])
     window = args.max_length + args.max_new_tokens
     if args.model == "tiny":
-        tokenizer, eos_ids = tiny_tokenizer(), [1]
+        tokenizer, eos_ids = tiny_tokenizer(), [1]  # <|end|>
         require(window <= 4096, f"--model tiny holds 4096 tokens, not {window}: lower --max-length or --max-new-tokens")
     else:
         tokenizer, eos_ids = load_tokenizer(args.model, window)
@@ -697,7 +697,7 @@ def main(args: Args) -> dict[str, float]:
         # (1) batch
         clock = time.perf_counter()
         rows = [train_data[i] for i in shuffled_indices(len(train_data), args.seed, "rows", step, args.batch_size)]
-        num_tokens = sum(sum(mask) for _, mask in rows)
+        num_tokens = sum(sum(mask) for _, mask in rows)  # of all ranks; micro_batches yields the rows of this one
 
         # (2) loss
         for _, ids, mask in micro_batches(rows, args.micro_batch_tokens, device):
