@@ -674,7 +674,7 @@ def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     blocks = probs.unflatten(1, (-1, size))  # (rows, V / size, size)
     cdf = torch.nn.functional.pad(blocks.sum(-1).cumsum(-1, dtype=precise), (1, 0))
     draw = uniforms.clamp(max=below_1) * cdf[:, -1:]
-    block = (torch.searchsorted(cdf, draw, right=True) - 1).clamp(max=blocks.shape[1] - 1)  # (rows, 1)
+    block = torch.searchsorted(cdf, draw, right=True) - 1  # (rows, 1)
     draw = draw - cdf.gather(1, block)  # what is left of it for the block
     cdf = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1, dtype=precise)  # (rows, size)
     token = torch.searchsorted(cdf, torch.minimum(draw, below_1 * cdf[:, -1:]), right=True)

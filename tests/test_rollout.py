@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo
 import sft
@@ -192,6 +193,8 @@ def test_every_draw_in_its_token(size, precise):
     weights[min(600, size - 1)] = 2
     weights[:512] = weights[:512] if size <= 512 else 0
     weights[1024:1200] = 0
+    if size > 2000:
+        weights[-1100:] = 0  # so that whole blocks follow the last ticket
     tickets = [token for token, weight in enumerate(weights.tolist()) for _ in range(weight)]
     chosen = torch.arange(0, len(tickets), max(1, len(tickets) // 300))
     uniforms = torch.cat([(chosen.double() + 0.5) / len(tickets), torch.tensor([0.0, 1 - 2.0**-53]).double()])
@@ -201,10 +204,35 @@ def test_every_draw_in_its_token(size, precise):
     assert tokens[-2:] == [tickets[0], tickets[-1]]
 
 
+def test_a_block_that_rounds_up_keeps_its_last_token():
+    """The float32 sum of the first 512 weights exceeds their true sum, and no others have any: a draw just below 1 is
+    more than the tokens of the block add up to. It is the last of them, not the first of the next block."""
+    generator = torch.Generator().manual_seed(0)
+    candidates = (torch.rand(512, generator=generator) for _ in range(100))
+    block = next(x for x in candidates if x.sum().double() > x.double().sum() * (1 + 1e-9))
+    probs = torch.cat([block, torch.zeros(1024)])[None]
+    assert grpo.inverse_cdf(probs, torch.tensor([[1 - 2.0**-53]], dtype=torch.float64)).tolist() == [[511]]
+
+
+class InBounds(TorchDispatchMode):
+    """Every gather reads inside its tensor: a GPU stops where it does not, the CPU may say nothing."""
+
+    gathers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.gather.default:
+            x, dim, index = args[:3]
+            assert index.min() >= 0 and index.max() < x.shape[dim]
+            self.gathers += 1
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("size", [7, 261, 1536, 50_257])
 def test_nan_gives_some_token(size):
     """So that a run whose weights are NaN goes on to the update that is skipped, and its message."""
-    completions, logprobs = grpo.generate(model_with_logits([math.nan] * size), [[1]], 2, 2, 1.0, [], draws(2, 2))
+    with InBounds() as seen:
+        completions, logprobs = grpo.generate(model_with_logits([math.nan] * size), [[1]], 2, 2, 1.0, [], draws(2, 2))
+    assert seen.gathers > 0
     assert all(0 <= token < size for row in completions for token in row)
     assert all(map(math.isnan, [x for row in logprobs for x in row]))
 
