@@ -347,7 +347,7 @@ def token_logprobs(
     head = model.get_output_embeddings()
     compiles = getattr(model, "compiles", False)  # set by `shard`
     num_logits = 2**24  # in a chunk: 64 MiB in float32
-    if ids.is_cuda:  # or the GPU would wait for Python; compiled, they are in bfloat16 alone
+    if ids.is_cuda:  # more, or the GPU would wait for Python; compiled, they exist in bfloat16 alone
         num_logits = 2**28 if compiles else 2**27
     chunk = max(1, num_logits // head.weight.shape[0])
     of_chunk = compiled(head_logprobs) if compiles else head_logprobs
@@ -367,7 +367,7 @@ def head_logprobs(
 
     In one tensor, because a backward pass that reached only one of them would keep what it recomputed for the other.
     """
-    logits = head(hidden) if temperature == 1 else head(hidden).float() / temperature  # not divided: less memory
+    logits = head(hidden) if temperature == 1 else head(hidden).float() / temperature  # at 1 no float32 copy
     logprobs = logits.log_softmax(-1, dtype=torch.float32)  # (M, V)
     chosen = logprobs.gather(1, targets[:, None])[:, 0]
     logprobs = logprobs if entropy_grad else logprobs.detach()
