@@ -67,7 +67,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -120,7 +120,7 @@ class Args:
     epochs: int = 1
     """Passes over the training rows."""
     steps: int | None = None
-    """Rollouts in grpo.py and ppo.py (default: 200 and 70); else optimizer steps (default: all epochs)."""
+    """Rollouts in grpo.py and ppo.py (default: 200 and 100); else optimizer steps (default: all epochs)."""
     batch_size: int = 64
     """Rows per optimizer step."""  # paper: 64
     lr: float | None = None
@@ -473,8 +473,9 @@ def head_logprobs(
 
 
 @torch.no_grad()
-def sequence_logps(model, rows: list[tuple], max_tokens: int) -> Tensor:
-    """Log-probability of each completion, summed over its tokens: (M,) on the CPU. rows: M times (ids, mask)."""
+def sequence_logps(model, items: list[tuple], max_tokens: int) -> Tensor:
+    """Log-probability of each completion, summed over its tokens: (N, S), on the CPU. items: N times S (ids, mask)."""
+    rows = [side for item in items for side in item]
     logps, done, clock = torch.full((len(rows),), -math.inf), 0, time.perf_counter()
     for indices, ids, mask in micro_batches(rows, max_tokens, model.device):
         with autocast(model.device):
@@ -483,12 +484,7 @@ def sequence_logps(model, rows: list[tuple], max_tokens: int) -> Tensor:
         if time.perf_counter() - clock > 10:
             clock = time.perf_counter()
             print(f"scored {done:,} of {len(rows):,} completions, the longest first", flush=True)
-    return over_ranks(logps, dist.ReduceOp.MAX)
-
-
-def pair_logps(model, pairs: list[tuple], max_tokens: int) -> Tensor:
-    """`sequence_logps` of the chosen and the rejected side of every pair: (N, 2)."""
-    return sequence_logps(model, [side for pair in pairs for side in pair], max_tokens).view(-1, 2)
+    return over_ranks(logps, dist.ReduceOp.MAX).view(len(items), -1)
 
 
 def resolve_beta(args: Args, model) -> float:
@@ -498,13 +494,12 @@ def resolve_beta(args: Args, model) -> float:
 
 def load_reference(args: Args, tokenizer, device: torch.device):
     """The frozen model that the implicit reward is relative to. Ends the run if it reads other ids than the policy."""
-    name = args.reference or args.model
+    name, flag = (args.reference, "--reference") if args.reference else (args.model, "--model")
     if args.reference:
-        other = from_hub(transformers.AutoTokenizer, name, "--reference")
-        require(other.get_vocab() == tokenizer.get_vocab(), f"--reference {name} has another tokenizer than --model")
-        load_config(name, "--reference", args.max_length)  # ends the run if they do not fit
-    reference = load_model(name, device, flag="--reference" if args.reference else "--model").requires_grad_(False)
-    return shard(reference, device)
+        other = from_hub(transformers.AutoTokenizer, name, flag)
+        require(other.get_vocab() == tokenizer.get_vocab(), f"{flag} {name} has another tokenizer than --model")
+        load_config(name, flag, args.max_length)  # ends the run if they do not fit
+    return shard(load_model(name, device, flag=flag).requires_grad_(False), device)
 
 
 def score_completions(args: Args) -> dict[str, float]:
@@ -525,14 +520,14 @@ def score_completions(args: Args) -> dict[str, float]:
     if is_pair:
         rows = select_pairs(rows, bool(tokenizer.chat_template), "--dataset")
     rows, items = encode_rows(encode, rows, args.max_length, "--max-length")
-    sides = [side for item in items for side in (item if is_pair else [item])]
-    reference = sequence_logps(load_reference(args, tokenizer, device), sides, args.micro_batch_tokens)
+    items = items if is_pair else [(item,) for item in items]
+    reference = sequence_logps(load_reference(args, tokenizer, device), items, args.micro_batch_tokens)
     policy = shard(load_model(args.model, device), device)
-    logps = sequence_logps(policy, sides, args.micro_batch_tokens)
+    logps = sequence_logps(policy, items, args.micro_batch_tokens)
     trained = Path(args.model) / "args.json"  # of the run that made it
     trained = json.loads(trained.read_text()).get("resolved", {}) if trained.exists() else {}
     beta = args.beta or trained.get("beta") or resolve_beta(args, policy)
-    rewards = (beta * (logps - reference)).view(-1, len(names))
+    rewards = beta * (logps - reference)  # (N, 2), or (N, 1) of single completions
     scores = [{f"{name}_reward": value for name, value in zip(names, values)} for values in rewards.tolist()]
     if RANK == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -614,12 +609,6 @@ class GraphDecoder(Decoder):
         mask = torch.zeros_like(seen, dtype=model.dtype).masked_fill(seen == 0, -math.inf)
         super().__init__(model, cache, mask[:, None, None], position)  # (rows, 1, 1, columns)
         self.keep(slice(None))
-
-    @staticmethod
-    def serves(model, cache) -> bool:
-        """Whether all layers have full attention, by SDPA: a window, or a bias cut to size, needs Python to step."""
-        full = all(type(layer) is transformers.cache_utils.DynamicLayer for layer in cache.layers)
-        return full and model.config._attn_implementation == "sdpa"
 
     def keep(self, rows: Tensor | slice):
         """Goes on with these rows, in a new cache: room for twice what is used, or for all if that is little more."""
@@ -706,11 +695,11 @@ def generate(
     cache = output.past_key_values
     cache.batch_repeat_interleave(num_samples)
     logits, seen, position = (x.repeat_interleave(num_samples, 0) for x in (output.logits, seen, position[:, -1:]))
-    graphs = graphs and GraphDecoder.serves(model, cache)
-    if graphs:
-        decoder = GraphDecoder(model, cache, seen, position, max_new_tokens)
-    else:
-        decoder = Decoder(model, cache, seen, position)
+    # full attention, by SDPA: a window, or a bias cut to size, needs Python to step
+    full = all(type(layer) is transformers.cache_utils.DynamicLayer for layer in cache.layers)
+    graphs = graphs and full and model.config._attn_implementation == "sdpa"
+    state = (model, cache, seen, position)
+    decoder = GraphDecoder(*state, max_new_tokens) if graphs else Decoder(*state)
     batch = torch.arange(num_rows, device=device)  # the rows in it; with graphs, ended ones stay for a while
     ended = torch.zeros_like(batch, dtype=torch.bool)
     tokens = torch.full((num_rows, max_new_tokens), -1, device=device)
@@ -762,7 +751,7 @@ def cache_rows(sampler, length: int, share: float) -> float:
 
 def rollout(sampler, prompts, num_samples, temperature, eos_ids, uniforms, args) -> tuple[list, list]:
     """`generate`, shared among the ranks, as many prompts at a time as `args` and the memory have room for."""
-    completions, logprobs, length = [], [], uniforms.shape[1]
+    found, length = [], uniforms.shape[1]  # of each chunk: completions and their log-probabilities
     rows = cache_rows(sampler, max(map(len, prompts)) + length, args.cache_memory)
     chunk = max(1, int(min(args.rollout_batch_size, rows)) // num_samples)  # prompts at a time
     graphs = args.cuda_graphs and sampler.device.type == "cuda"
@@ -770,14 +759,12 @@ def rollout(sampler, prompts, num_samples, temperature, eos_ids, uniforms, args)
     for start in range(first, end, chunk):
         stop = min(start + chunk, end)
         draws = uniforms[start * num_samples : stop * num_samples]
-        part = prompts[start:stop]
-        found = generate(sampler, part, num_samples, length, temperature, eos_ids, draws, graphs)
-        completions, logprobs = completions + found[0], logprobs + found[1]
-    shares = [(completions, logprobs)]  # of all ranks
+        found.append(generate(sampler, prompts[start:stop], num_samples, length, temperature, eos_ids, draws, graphs))
+    shares = [found]  # of all ranks
     if WORLD_SIZE > 1:
         shares = [None] * WORLD_SIZE
-        dist.all_gather_object(shares, (completions, logprobs))
-    return tuple(list(itertools.chain(*column)) for column in zip(*shares))
+        dist.all_gather_object(shares, found)
+    return tuple(list(itertools.chain(*column)) for column in zip(*itertools.chain(*shares)))
 
 
 def decode(tokenizer, completions: list[list[int]], eos_ids: list[int]) -> list[str]:
@@ -806,7 +793,7 @@ def evaluate(sampler, tokenizer, rows, prompts, reward_of, args, eos_ids) -> dic
 
 def evaluate_dpo(model, sampler, tokenizer, rows, pairs, references, beta, args, eos_ids) -> dict[str, float]:
     """The metrics of a step on held-out pairs and, where all rows have an `answer`, accuracy. references: (N, 2)."""
-    logps = pair_logps(model, pairs, args.micro_batch_tokens)
+    logps = sequence_logps(model, pairs, args.micro_batch_tokens)
     losses, chosen, rejected = dpo_loss(*logps.unbind(1), *references.unbind(1), beta)
     means = Means()
     means.add(loss=losses, **preference_metrics(logps.T, chosen, rejected))
@@ -863,7 +850,7 @@ def main(args: Args) -> dict[str, float]:
 
     if run.checkpoint is None:
         reference = load_reference(args, tokenizer, device)
-        parts = [pair_logps(reference, pairs, args.micro_batch_tokens) for pairs in (train_pairs, eval_pairs)]
+        parts = [sequence_logps(reference, pairs, args.micro_batch_tokens) for pairs in (train_pairs, eval_pairs)]
         references = torch.cat(parts)  # (train + eval pairs, 2): chosen, rejected
         del reference
         gc.collect()  # sharded modules refer to themselves
@@ -982,10 +969,8 @@ def over_ranks(x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
 
 
 def autocast(device: torch.device):
-    """bfloat16 arithmetic on CUDA, over float32 weights; float32 elsewhere."""
-    if device.type != "cuda":
-        return nullcontext()
-    return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)  # a cached copy sums gradients in bfloat16
+    """bfloat16 on CUDA, over float32 weights; float32 elsewhere. No cached copy: it would sum gradients in bfloat16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
 
 
 def seeded(seed: int, purpose: str, step: int) -> torch.Generator:
@@ -1257,7 +1242,7 @@ def encode_rows(encode: Callable, rows: list[dict], max_length: int, flag: str) 
 
 
 class Means:
-    """Sums and counts over all micro-batches, divided only at the end; a name that ends in _max keeps the largest."""
+    """Sums and counts over all micro-batches, divided only at the end."""
 
     def __init__(self):
         self.sums, self.counts = {}, {}
@@ -1267,18 +1252,13 @@ class Means:
         for name, x in values.items():
             x = torch.as_tensor(x).detach().float()
             weight = torch.ones_like(x) if mask is None else mask
-            if name.endswith("_max"):
-                largest = (x * weight).max()
-                self.sums[name], self.counts[name] = torch.maximum(largest, self.sums.get(name, largest)), 1
-            else:
-                self.sums[name] = self.sums.get(name, 0) + (x * weight).sum()
-                self.counts[name] = self.counts.get(name, 0) + weight.sum()
+            self.sums[name] = self.sums.get(name, 0) + (x * weight).sum()
+            self.counts[name] = self.counts.get(name, 0) + weight.sum()
 
     def result(self) -> dict[str, float]:
-        """The means over all ranks, and the maxima."""
+        """The means over all ranks."""
         here = torch.tensor([[self.sums[name], self.counts[name]] for name in self.sums], dtype=torch.float64)
-        rows = zip(self.sums, over_ranks(here), over_ranks(here, dist.ReduceOp.MAX))
-        return {name: (top[0] if name.endswith("_max") else total[0] / total[1]).item() for name, total, top in rows}
+        return {name: (total / count).item() for name, (total, count) in zip(self.sums, over_ranks(here))}
 
 
 class Run:

@@ -67,7 +67,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -112,7 +112,7 @@ class Args:
 
     # algorithm
     steps: int | None = None
-    """Rollouts in grpo.py and ppo.py (default: 200 and 70); else optimizer steps (default: all epochs)."""
+    """Rollouts in grpo.py and ppo.py (default: 200 and 100); else optimizer steps (default: all epochs)."""
     prompts_per_step: int = 32
     """Prompts per rollout."""  # paper: 1024 / 64 = 16, its batch of 1024 being completions
     group_size: int = 8
@@ -642,12 +642,6 @@ class GraphDecoder(Decoder):
         super().__init__(model, cache, mask[:, None, None], position)  # (rows, 1, 1, columns)
         self.keep(slice(None))
 
-    @staticmethod
-    def serves(model, cache) -> bool:
-        """Whether all layers have full attention, by SDPA: a window, or a bias cut to size, needs Python to step."""
-        full = all(type(layer) is transformers.cache_utils.DynamicLayer for layer in cache.layers)
-        return full and model.config._attn_implementation == "sdpa"
-
     def keep(self, rows: Tensor | slice):
         """Goes on with these rows, in a new cache: room for twice what is used, or for all if that is little more."""
         room = max(2 * self.used, 256)
@@ -733,11 +727,11 @@ def generate(
     cache = output.past_key_values
     cache.batch_repeat_interleave(num_samples)
     logits, seen, position = (x.repeat_interleave(num_samples, 0) for x in (output.logits, seen, position[:, -1:]))
-    graphs = graphs and GraphDecoder.serves(model, cache)
-    if graphs:
-        decoder = GraphDecoder(model, cache, seen, position, max_new_tokens)
-    else:
-        decoder = Decoder(model, cache, seen, position)
+    # full attention, by SDPA: a window, or a bias cut to size, needs Python to step
+    full = all(type(layer) is transformers.cache_utils.DynamicLayer for layer in cache.layers)
+    graphs = graphs and full and model.config._attn_implementation == "sdpa"
+    state = (model, cache, seen, position)
+    decoder = GraphDecoder(*state, max_new_tokens) if graphs else Decoder(*state)
     batch = torch.arange(num_rows, device=device)  # the rows in it; with graphs, ended ones stay for a while
     ended = torch.zeros_like(batch, dtype=torch.bool)
     tokens = torch.full((num_rows, max_new_tokens), -1, device=device)
@@ -789,7 +783,7 @@ def cache_rows(sampler, length: int, share: float) -> float:
 
 def rollout(sampler, prompts, num_samples, temperature, eos_ids, uniforms, args) -> tuple[list, list]:
     """`generate`, shared among the ranks, as many prompts at a time as `args` and the memory have room for."""
-    completions, logprobs, length = [], [], uniforms.shape[1]
+    found, length = [], uniforms.shape[1]  # of each chunk: completions and their log-probabilities
     rows = cache_rows(sampler, max(map(len, prompts)) + length, args.cache_memory)
     chunk = max(1, int(min(args.rollout_batch_size, rows)) // num_samples)  # prompts at a time
     graphs = args.cuda_graphs and sampler.device.type == "cuda"
@@ -797,14 +791,12 @@ def rollout(sampler, prompts, num_samples, temperature, eos_ids, uniforms, args)
     for start in range(first, end, chunk):
         stop = min(start + chunk, end)
         draws = uniforms[start * num_samples : stop * num_samples]
-        part = prompts[start:stop]
-        found = generate(sampler, part, num_samples, length, temperature, eos_ids, draws, graphs)
-        completions, logprobs = completions + found[0], logprobs + found[1]
-    shares = [(completions, logprobs)]  # of all ranks
+        found.append(generate(sampler, prompts[start:stop], num_samples, length, temperature, eos_ids, draws, graphs))
+    shares = [found]  # of all ranks
     if WORLD_SIZE > 1:
         shares = [None] * WORLD_SIZE
-        dist.all_gather_object(shares, (completions, logprobs))
-    return tuple(list(itertools.chain(*column)) for column in zip(*shares))
+        dist.all_gather_object(shares, found)
+    return tuple(list(itertools.chain(*column)) for column in zip(*itertools.chain(*shares)))
 
 
 def decode(tokenizer, completions: list[list[int]], eos_ids: list[int]) -> list[str]:
@@ -920,6 +912,7 @@ def main(args: Args) -> dict[str, float]:
                 ref_logprobs = [frozen(ids, mask)[0] for _, ids, mask, _ in batches]
         trained_advantages = advantages[trained].to(device)
         lr, step_means = learning_rate(args, step, steps, peak_lr), Means()
+        largest_gap = torch.tensor(-math.inf, device=device)
         drawn = shuffled_indices(len(sft_data), args.seed, "sft", step, B) if args.sft_coef else []
         demonstrations = [sft_data[i] for i in drawn]
         sft_tokens = sum(sum(mask) for _, mask in demonstrations)
@@ -933,7 +926,8 @@ def main(args: Args) -> dict[str, float]:
                 gap, ref = (logprobs - sampled).abs(), ref_logprobs[k]
                 if epoch == 0:  # no update yet: the old log-probabilities, by the policy and not by the sampling copy
                     old_logprobs.append(logprobs.detach())
-                    step_means.add(mask, entropy=entropy, sampling_gap_mean=gap, sampling_gap_max=gap)
+                    step_means.add(mask, entropy=entropy, sampling_gap_mean=gap)
+                    largest_gap = torch.maximum(largest_gap, (gap * mask).max())
                 if epoch == 0 and reference is not None:
                     step_means.add(mask, kl_ref_k1=logprobs - ref, kl_ref_k3=kl_k3(logprobs, ref))
                     step_means.add(kl_ref_seq=((logprobs - ref) * mask).sum(1))
@@ -971,6 +965,7 @@ def main(args: Args) -> dict[str, float]:
             "adv_abs_mean": advantages.abs().mean().item(), "frac_trained": len(trained) / (B * G),
             "completion_length": sum(map(len, completions)) / (B * G), "truncated_frac": truncated.mean().item(),
             **step_means.result(), **epoch_means.result(), "lr": lr,
+            "sampling_gap_max": over_ranks(largest_gap, dist.ReduceOp.MAX).item(),
             "time/rollout_s": rollout_seconds, "time/step_s": seconds,
             "time/tokens_per_s": (G * sum(map(len, prompts)) + sum(map(len, completions))) / seconds,
         }  # fmt: skip
@@ -1051,10 +1046,8 @@ def over_ranks(x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
 
 
 def autocast(device: torch.device):
-    """bfloat16 arithmetic on CUDA, over float32 weights; float32 elsewhere."""
-    if device.type != "cuda":
-        return nullcontext()
-    return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)  # a cached copy sums gradients in bfloat16
+    """bfloat16 on CUDA, over float32 weights; float32 elsewhere. No cached copy: it would sum gradients in bfloat16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
 
 
 def seeded(seed: int, purpose: str, step: int) -> torch.Generator:
@@ -1316,7 +1309,7 @@ def encode_rows(encode: Callable, rows: list[dict], max_length: int, flag: str) 
 
 
 class Means:
-    """Sums and counts over all micro-batches, divided only at the end; a name that ends in _max keeps the largest."""
+    """Sums and counts over all micro-batches, divided only at the end."""
 
     def __init__(self):
         self.sums, self.counts = {}, {}
@@ -1326,18 +1319,13 @@ class Means:
         for name, x in values.items():
             x = torch.as_tensor(x).detach().float()
             weight = torch.ones_like(x) if mask is None else mask
-            if name.endswith("_max"):
-                largest = (x * weight).max()
-                self.sums[name], self.counts[name] = torch.maximum(largest, self.sums.get(name, largest)), 1
-            else:
-                self.sums[name] = self.sums.get(name, 0) + (x * weight).sum()
-                self.counts[name] = self.counts.get(name, 0) + weight.sum()
+            self.sums[name] = self.sums.get(name, 0) + (x * weight).sum()
+            self.counts[name] = self.counts.get(name, 0) + weight.sum()
 
     def result(self) -> dict[str, float]:
-        """The means over all ranks, and the maxima."""
+        """The means over all ranks."""
         here = torch.tensor([[self.sums[name], self.counts[name]] for name in self.sums], dtype=torch.float64)
-        rows = zip(self.sums, over_ranks(here), over_ranks(here, dist.ReduceOp.MAX))
-        return {name: (top[0] if name.endswith("_max") else total[0] / total[1]).item() for name, total, top in rows}
+        return {name: (total / count).item() for name, (total, count) in zip(self.sums, over_ranks(here))}
 
 
 class Run:

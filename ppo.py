@@ -27,8 +27,8 @@ Mask and normaliser: EOS is an action; the num_tokens actions of a minibatch wei
     has its own token mean. A value never sees the token that it is the baseline of; after the last action it is 0.
 Truncation: a completion cut at `max_new_tokens` loses `missing_eos_penalty`; it counts as ended, without bootstrap.
 Four models: policy, reference (`model`, frozen), reward model or verifier, value model (a network and an optimizer of
-    its own; it starts from the reward model, or from the policy with a head of zeros). Unlike Ouyang et al.: several
-    epochs, no moving average of the weights, a learning rate that decays.
+    its own; it starts from the reward model, or from the policy with a head of zeros).
+Unlike Ouyang et al.: no moving average of the weights, and a learning rate that decays to 0.
 
 Run:  python sft.py && python rm.py && python ppo.py  a laptop CPU, eight minutes; --reward exact: no rm.py; GPU: README
 Metrics (metrics.jsonl), and what healthy looks like:
@@ -67,7 +67,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -114,14 +114,14 @@ class Args:
 
     # algorithm; paper: Ouyang et al. 2022, appendix C.4
     steps: int | None = None
-    """Rollouts in grpo.py and ppo.py (default: 200 and 70); else optimizer steps (default: all epochs)."""
+    """Rollouts in grpo.py and ppo.py (default: 200 and 100); else optimizer steps (default: all epochs)."""
     prompts_per_step: int = 256
     """Prompts per rollout."""  # paper: 512
     group_size: int = 1
     """Completions sampled per prompt."""  # paper: 1
     temperature: float = 1.0
     """Divides the logits when sampling and in every log-probability of a sample."""
-    num_epochs: int = 2
+    num_epochs: int = 1
     """Passes over each rollout."""  # paper: 1
     num_minibatches: int = 4
     """Parts into which each epoch splits the rollout, an update for each."""  # paper: 8
@@ -755,12 +755,6 @@ class GraphDecoder(Decoder):
         super().__init__(model, cache, mask[:, None, None], position)  # (rows, 1, 1, columns)
         self.keep(slice(None))
 
-    @staticmethod
-    def serves(model, cache) -> bool:
-        """Whether all layers have full attention, by SDPA: a window, or a bias cut to size, needs Python to step."""
-        full = all(type(layer) is transformers.cache_utils.DynamicLayer for layer in cache.layers)
-        return full and model.config._attn_implementation == "sdpa"
-
     def keep(self, rows: Tensor | slice):
         """Goes on with these rows, in a new cache: room for twice what is used, or for all if that is little more."""
         room = max(2 * self.used, 256)
@@ -846,11 +840,11 @@ def generate(
     cache = output.past_key_values
     cache.batch_repeat_interleave(num_samples)
     logits, seen, position = (x.repeat_interleave(num_samples, 0) for x in (output.logits, seen, position[:, -1:]))
-    graphs = graphs and GraphDecoder.serves(model, cache)
-    if graphs:
-        decoder = GraphDecoder(model, cache, seen, position, max_new_tokens)
-    else:
-        decoder = Decoder(model, cache, seen, position)
+    # full attention, by SDPA: a window, or a bias cut to size, needs Python to step
+    full = all(type(layer) is transformers.cache_utils.DynamicLayer for layer in cache.layers)
+    graphs = graphs and full and model.config._attn_implementation == "sdpa"
+    state = (model, cache, seen, position)
+    decoder = GraphDecoder(*state, max_new_tokens) if graphs else Decoder(*state)
     batch = torch.arange(num_rows, device=device)  # the rows in it; with graphs, ended ones stay for a while
     ended = torch.zeros_like(batch, dtype=torch.bool)
     tokens = torch.full((num_rows, max_new_tokens), -1, device=device)
@@ -902,7 +896,7 @@ def cache_rows(sampler, length: int, share: float) -> float:
 
 def rollout(sampler, prompts, num_samples, temperature, eos_ids, uniforms, args) -> tuple[list, list]:
     """`generate`, shared among the ranks, as many prompts at a time as `args` and the memory have room for."""
-    completions, logprobs, length = [], [], uniforms.shape[1]
+    found, length = [], uniforms.shape[1]  # of each chunk: completions and their log-probabilities
     rows = cache_rows(sampler, max(map(len, prompts)) + length, args.cache_memory)
     chunk = max(1, int(min(args.rollout_batch_size, rows)) // num_samples)  # prompts at a time
     graphs = args.cuda_graphs and sampler.device.type == "cuda"
@@ -910,14 +904,12 @@ def rollout(sampler, prompts, num_samples, temperature, eos_ids, uniforms, args)
     for start in range(first, end, chunk):
         stop = min(start + chunk, end)
         draws = uniforms[start * num_samples : stop * num_samples]
-        part = prompts[start:stop]
-        found = generate(sampler, part, num_samples, length, temperature, eos_ids, draws, graphs)
-        completions, logprobs = completions + found[0], logprobs + found[1]
-    shares = [(completions, logprobs)]  # of all ranks
+        found.append(generate(sampler, prompts[start:stop], num_samples, length, temperature, eos_ids, draws, graphs))
+    shares = [found]  # of all ranks
     if WORLD_SIZE > 1:
         shares = [None] * WORLD_SIZE
-        dist.all_gather_object(shares, (completions, logprobs))
-    return tuple(list(itertools.chain(*column)) for column in zip(*shares))
+        dist.all_gather_object(shares, found)
+    return tuple(list(itertools.chain(*column)) for column in zip(*itertools.chain(*shares)))
 
 
 def decode(tokenizer, completions: list[list[int]], eos_ids: list[int]) -> list[str]:
@@ -1016,7 +1008,7 @@ def check_sampling(gap: Tensor, mask: Tensor, means: "Means"):
 def main(args: Args) -> dict[str, float]:
     """Trains, and returns the last row of metrics.jsonl beside the first evaluation (before/...)."""
     run, device = Run(args), pick_device()
-    steps, B, G, M = args.steps or 70, args.prompts_per_step, args.group_size, args.num_minibatches
+    steps, B, G, M = args.steps or 100, args.prompts_per_step, args.group_size, args.num_minibatches
     if run.finished(steps):
         return run.summary()
     wanted = ["prompt+answer", "question+answer"] if "exact" in args.reward else ["prompt", "question"]
@@ -1097,8 +1089,7 @@ def main(args: Args) -> dict[str, float]:
             advantages = advantages * weights
             means.add(mask, is_weight=weights)
         log_ratio, gap = old_logprobs - ref_logprobs, (old_logprobs - sampled).abs()
-        means.add(mask, entropy=entropies, sampling_gap_mean=gap, sampling_gap_max=gap, value_mean=old_values)
-        means.add(mask, return_mean=returns)
+        means.add(mask, entropy=entropies, sampling_gap_mean=gap, value_mean=old_values, return_mean=returns)
         if reference is not None:
             means.add(mask, kl_ref_k1=log_ratio, kl_ref_k3=kl_k3(old_logprobs, ref_logprobs))
             means.add(kl_ref_seq=log_ratio.sum(1))
@@ -1151,7 +1142,7 @@ def main(args: Args) -> dict[str, float]:
         metrics = {
             "reward": scores.mean().item(), "reward_std": scores.std(correction=0).item(),
             **{f"reward/{name}": values.mean().item() for name, values in by_name.items()}, **accuracy_of(texts, rows),
-            "explained_variance": explained_variance(old_values, returns, mask),
+            "explained_variance": explained_variance(old_values, returns, mask), "sampling_gap_max": gap.max().item(),
             "completion_length": sum(map(len, completions)) / (B * G), "truncated_frac": truncated.mean().item(),
             **means.result(), "num_updates": num_updates, "lr": lr, "value_lr": value_lr,
             "time/rollout_s": rollout_seconds, "time/step_s": seconds,
@@ -1234,10 +1225,8 @@ def over_ranks(x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
 
 
 def autocast(device: torch.device):
-    """bfloat16 arithmetic on CUDA, over float32 weights; float32 elsewhere."""
-    if device.type != "cuda":
-        return nullcontext()
-    return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)  # a cached copy sums gradients in bfloat16
+    """bfloat16 on CUDA, over float32 weights; float32 elsewhere. No cached copy: it would sum gradients in bfloat16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
 
 
 def seeded(seed: int, purpose: str, step: int) -> torch.Generator:
@@ -1499,7 +1488,7 @@ def encode_rows(encode: Callable, rows: list[dict], max_length: int, flag: str) 
 
 
 class Means:
-    """Sums and counts over all micro-batches, divided only at the end; a name that ends in _max keeps the largest."""
+    """Sums and counts over all micro-batches, divided only at the end."""
 
     def __init__(self):
         self.sums, self.counts = {}, {}
@@ -1509,18 +1498,13 @@ class Means:
         for name, x in values.items():
             x = torch.as_tensor(x).detach().float()
             weight = torch.ones_like(x) if mask is None else mask
-            if name.endswith("_max"):
-                largest = (x * weight).max()
-                self.sums[name], self.counts[name] = torch.maximum(largest, self.sums.get(name, largest)), 1
-            else:
-                self.sums[name] = self.sums.get(name, 0) + (x * weight).sum()
-                self.counts[name] = self.counts.get(name, 0) + weight.sum()
+            self.sums[name] = self.sums.get(name, 0) + (x * weight).sum()
+            self.counts[name] = self.counts.get(name, 0) + weight.sum()
 
     def result(self) -> dict[str, float]:
-        """The means over all ranks, and the maxima."""
+        """The means over all ranks."""
         here = torch.tensor([[self.sums[name], self.counts[name]] for name in self.sums], dtype=torch.float64)
-        rows = zip(self.sums, over_ranks(here), over_ranks(here, dist.ReduceOp.MAX))
-        return {name: (top[0] if name.endswith("_max") else total[0] / total[1]).item() for name, total, top in rows}
+        return {name: (total / count).item() for name, (total, count) in zip(self.sums, over_ranks(here))}
 
 
 class Run:

@@ -65,7 +65,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -109,7 +109,7 @@ class Args:
     epochs: int = 1
     """Passes over the training rows."""  # paper: 1
     steps: int | None = None
-    """Rollouts in grpo.py and ppo.py (default: 200 and 70); else optimizer steps (default: all epochs)."""
+    """Rollouts in grpo.py and ppo.py (default: 200 and 100); else optimizer steps (default: all epochs)."""
     batch_size: int = 32
     """Rows per optimizer step."""  # paper: 64
     lr: float | None = None
@@ -602,10 +602,8 @@ def over_ranks(x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
 
 
 def autocast(device: torch.device):
-    """bfloat16 arithmetic on CUDA, over float32 weights; float32 elsewhere."""
-    if device.type != "cuda":
-        return nullcontext()
-    return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)  # a cached copy sums gradients in bfloat16
+    """bfloat16 on CUDA, over float32 weights; float32 elsewhere. No cached copy: it would sum gradients in bfloat16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
 
 
 def seeded(seed: int, purpose: str, step: int) -> torch.Generator:
@@ -823,7 +821,7 @@ def encode_rows(encode: Callable, rows: list[dict], max_length: int, flag: str) 
 
 
 class Means:
-    """Sums and counts over all micro-batches, divided only at the end; a name that ends in _max keeps the largest."""
+    """Sums and counts over all micro-batches, divided only at the end."""
 
     def __init__(self):
         self.sums, self.counts = {}, {}
@@ -833,18 +831,13 @@ class Means:
         for name, x in values.items():
             x = torch.as_tensor(x).detach().float()
             weight = torch.ones_like(x) if mask is None else mask
-            if name.endswith("_max"):
-                largest = (x * weight).max()
-                self.sums[name], self.counts[name] = torch.maximum(largest, self.sums.get(name, largest)), 1
-            else:
-                self.sums[name] = self.sums.get(name, 0) + (x * weight).sum()
-                self.counts[name] = self.counts.get(name, 0) + weight.sum()
+            self.sums[name] = self.sums.get(name, 0) + (x * weight).sum()
+            self.counts[name] = self.counts.get(name, 0) + weight.sum()
 
     def result(self) -> dict[str, float]:
-        """The means over all ranks, and the maxima."""
+        """The means over all ranks."""
         here = torch.tensor([[self.sums[name], self.counts[name]] for name in self.sums], dtype=torch.float64)
-        rows = zip(self.sums, over_ranks(here), over_ranks(here, dist.ReduceOp.MAX))
-        return {name: (top[0] if name.endswith("_max") else total[0] / total[1]).item() for name, total, top in rows}
+        return {name: (total / count).item() for name, (total, count) in zip(self.sums, over_ranks(here))}
 
 
 class Run:

@@ -649,17 +649,6 @@ def test_means_of_numbers_vectors_and_booleans():
     assert all(isinstance(value, float) for value in result.values())
 
 
-def test_means_keep_the_largest_under_a_name_that_ends_in_max():
-    """The largest over all batches, not the last, not a sum; also if all are negative; not what stands under mask 0."""
-    means = grpo.Means()
-    for values in ([0.5, 3.0], [2.0], [1.0]):
-        means.add(gap_max=torch.tensor(values))
-    for value in (-3.0, -2.0, -5.0):
-        means.add(low_max=value)
-    means.add(mask=torch.tensor([1.0, 0.0]), masked_max=torch.tensor([2.0, 9.0]))
-    assert means.result() == {"gap_max": 3.0, "low_max": -2.0, "masked_max": 2.0}
-
-
 def test_means_of_nothing_are_empty():
     """No batch, no metric."""
     assert grpo.Means().result() == {}

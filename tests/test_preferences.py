@@ -779,7 +779,7 @@ def reward_gradient(model, budget):
 def dpo_gradient(model, budget):
     """Loss and gradient of one step of dpo.py, composed as in its main."""
     pairs, total = random_pairs(), 0.0
-    references = dpo.pair_logps(model, pairs, 1000) + torch.linspace(-9, 9, 12).view(6, 2)
+    references = dpo.sequence_logps(model, pairs, 1000) + torch.linspace(-9, 9, 12).view(6, 2)
     for indices, ids, mask in dpo.pair_batches(pairs, budget, CPU):
         logps = dpo.token_logprobs(model, ids, mask)[0].sum(1).view(2, -1)
         losses, *_ = dpo.dpo_loss(*logps, *references[indices].T, 0.3, 0.1)
@@ -815,12 +815,12 @@ def summed_by_definition(model, ids, mask):
 def test_logps_are_summed_over_the_completion_with_its_eos_and_without_the_prompt(tiny_model, budget):
     """Row by row from the model's logits, in the order of the rows, whatever the micro-batches."""
     pairs = random_pairs()
-    logps = dpo.pair_logps(tiny_model, pairs, budget)
+    logps = dpo.sequence_logps(tiny_model, pairs, budget)
     assert logps.shape == (6, 2) and not logps.requires_grad
     expected = [[summed_by_definition(tiny_model, *side) for side in pair] for pair in pairs]
     assert torch.allclose(logps, torch.tensor(expected), atol=1e-4)
-    flat = dpo.sequence_logps(tiny_model, [side for pair in pairs for side in pair], budget)
-    assert torch.equal(flat, logps.flatten())
+    alone = dpo.sequence_logps(tiny_model, [(side,) for pair in pairs for side in pair], budget)
+    assert torch.equal(alone, logps.view(12, 1))
     ids, mask = pairs[0][0]
     without_eos, with_prompt = [*mask[:-1], 0], [0] + [1] * (len(ids) - 1)
     for other in (without_eos, with_prompt):
@@ -829,7 +829,7 @@ def test_logps_are_summed_over_the_completion_with_its_eos_and_without_the_promp
 
 def test_logps_are_a_sum_and_not_a_mean(tiny_model):
     """A random model gives every token about -ln 261 = -5.6: twelve tokens about -67, one token about -5.6."""
-    logps = dpo.pair_logps(tiny_model, random_pairs(), 1000)
+    logps = dpo.sequence_logps(tiny_model, random_pairs(), 1000)
     assert logps[2, 0].item() == pytest.approx(-12 * math.log(261), rel=0.05)
     assert logps[5, 0].item() == pytest.approx(-math.log(261), rel=0.2)
 

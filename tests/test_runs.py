@@ -1308,6 +1308,25 @@ def test_sampling_that_differs_from_training_ends_the_run(name, data, tiny_folde
     assert "sampling" in str(info.value)
 
 
+@ONLINE
+def test_the_gaps_are_those_of_all_micro_batches(name, data, tiny_folder, tmp_path, monkeypatch):
+    """One token off by 1/2, another by 1/4, each row a micro-batch: largest 1/2, mean 3/4 over the number of tokens."""
+    original = SCRIPTS[name].generate
+
+    def shifted(*args, **kwargs):
+        completions, logprobs = original(*args, **kwargs)
+        logprobs[0][0] -= 0.5
+        logprobs[5][-1] += 0.25
+        return completions, logprobs
+
+    monkeypatch.setattr(SCRIPTS[name], "generate", shifted)
+    monkeypatch.setattr(SCRIPTS[name], "check_sampling", lambda *args: None)
+    run(name, data, tiny_folder, tmp_path / "out", steps=1, kl_coef=0.1, micro_batch_tokens=1)
+    row = metrics_of(tmp_path / "out")[1]
+    assert row["sampling_gap_max"] == pytest.approx(0.5, abs=1e-4)
+    assert row["sampling_gap_mean"] * row["completion_length"] * 8 == pytest.approx(0.75, abs=1e-3)
+
+
 @ALL
 def test_the_progress_line(name, data, tiny_folder, tmp_path, capsys):
     """One line per step, with speed and time left."""
