@@ -40,14 +40,14 @@ def test_grpo_raises_sampled_and_greedy_accuracy(grpo_metrics):
 
 
 def test_a_negated_reward_lowers_accuracy(sft_run, tmp_path):
-    """The control: nothing but the reward tells right from wrong."""
+    """The control: nothing but the reward tells right from wrong. 15 steps are enough to unlearn it."""
     rewards = tmp_path / "rewards.py"
     rewards.write_text(
         "import grpo\n\n\ndef negated(prompts, completions, rows):\n"
         "    return [-grpo.exact_match(c, row['answer']) for c, row in zip(completions, rows)]\n"
     )
-    args = grpo.Args(model=sft_run[0], out=str(tmp_path / "out"), reward=(f"{rewards}:negated",), **SHRUNKEN)
-    metrics = grpo.main(args)
+    changes = {**SHRUNKEN, "steps": 15, "reward": (f"{rewards}:negated",)}
+    metrics = grpo.main(grpo.Args(model=sft_run[0], out=str(tmp_path / "out"), **changes))
     assert metrics["eval/accuracy_sampled"] < metrics["before/accuracy_sampled"] - 0.08
 
 
@@ -72,21 +72,21 @@ def test_dpo_raises_sampled_and_greedy_accuracy(sft_run, tmp_path):
     assert metrics["eval/accuracy_greedy"] > metrics["before/accuracy_greedy"] + 0.05
 
 
-def ppo_metrics(model: str, out: str, **changes) -> dict:
-    """A shrunken run of ppo.py: twelve rollouts, two epochs of two minibatches each."""
-    shrunken = {"steps": 12, "num_epochs": 2, "num_minibatches": 2, "warmup_steps": 4, "lr": 3e-4, "adam_beta2": 0.99}
-    shrunken |= {"lr_schedule": "constant", "eval_size": 200}
+def ppo_metrics(model: str, out: str, steps: int, **changes) -> dict:
+    """A shrunken run of ppo.py: two epochs of two minibatches for each rollout."""
+    shrunken = {"steps": steps, "num_epochs": 2, "num_minibatches": 2, "warmup_steps": 4, "lr": 3e-4}
+    shrunken |= {"adam_beta2": 0.99, "lr_schedule": "constant", "eval_size": 200}
     return ppo.main(ppo.Args(model=model, out=out, reward=("exact",), **shrunken, **changes))
 
 
 def test_ppo_raises_sampled_and_greedy_accuracy(sft_run, tmp_path):
-    """Eight rollouts with the verifier raise both, on the same 200 prompts and draws."""
-    metrics = ppo_metrics(sft_run[0], str(tmp_path / "out"))
+    """Twelve rollouts with the verifier raise both, on the same 200 prompts and draws."""
+    metrics = ppo_metrics(sft_run[0], str(tmp_path / "out"), steps=12)
     assert metrics["eval/accuracy_sampled"] > metrics["before/accuracy_sampled"] + 0.05
     assert metrics["eval/accuracy_greedy"] > metrics["before/accuracy_greedy"] + 0.02
 
 
 def test_ppo_with_a_negated_reward_lowers_accuracy(sft_run, tmp_path):
-    """The control: the same run with the reward's sign turned."""
-    metrics = ppo_metrics(sft_run[0], str(tmp_path / "out"), reward_weights=(-1.0,))
+    """The control: seven such rollouts with the reward's sign turned."""
+    metrics = ppo_metrics(sft_run[0], str(tmp_path / "out"), steps=7, reward_weights=(-1.0,))
     assert metrics["eval/accuracy_sampled"] < metrics["before/accuracy_sampled"] - 0.08
