@@ -474,7 +474,7 @@ def head_logprobs(
 
 @torch.no_grad()
 def sequence_logps(model, items: list[tuple], max_tokens: int) -> Tensor:
-    """Log-probability of each completion, summed over its tokens: (N, S), on the CPU. items: N times S (ids, mask)."""
+    """Summed log-probability of each completion, on the CPU: (N, S). items: N tuples of S sides, (ids, mask) each."""
     rows = [side for item in items for side in item]
     logps, done, clock = torch.full((len(rows),), -math.inf), 0, time.perf_counter()
     for indices, ids, mask in micro_batches(rows, max_tokens, model.device):
@@ -695,7 +695,7 @@ def generate(
     cache = output.past_key_values
     cache.batch_repeat_interleave(num_samples)
     logits, seen, position = (x.repeat_interleave(num_samples, 0) for x in (output.logits, seen, position[:, -1:]))
-    # full attention, by SDPA: a window, or a bias cut to size, needs Python to step
+    # a recorded step needs full attention by SDPA: a window, or a bias cut to size, needs Python
     full = all(type(layer) is transformers.cache_utils.DynamicLayer for layer in cache.layers)
     graphs = graphs and full and model.config._attn_implementation == "sdpa"
     state = (model, cache, seen, position)
@@ -1318,7 +1318,9 @@ class Run:
     def finished(self, steps: int) -> bool:
         """Whether there is nothing left to do; says so."""
         require(steps >= self.step, f"--steps {steps}: the last checkpoint is at step {self.step} already")
-        over = self.record.get("finished")
+        over, before = self.record.get("finished"), self.record.get("resolved", {}).get("steps", steps)
+        same = before == steps or self.args.lr_schedule == "constant"
+        require(same, f"--resume: --steps was {before}; {steps} would change the result")
         hint = "has no checkpoint to go on from: choose another --out, or start anew with --overwrite"
         require(over in (None, steps) or self.checkpoint, f"--resume: {self.out} is a finished run and {hint}")
         if over == steps:

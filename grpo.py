@@ -136,7 +136,7 @@ class Args:
     sft_dataset: str | None = None
     """Rows for the SFT loss, named like `dataset`; `prompts_per_step` of them are drawn each step."""
     target_kl: float | None = None
-    """End the epochs of a step once approx_kl_old (nats per token) passes this, without the update then due."""
+    """End the updates of a step once approx_kl_old (nats per token) passes this, without the update then due."""
     kl_stop: float | None = None
     """End the run once kl_ref_seq (nats per completion) passes this."""
 
@@ -727,7 +727,7 @@ def generate(
     cache = output.past_key_values
     cache.batch_repeat_interleave(num_samples)
     logits, seen, position = (x.repeat_interleave(num_samples, 0) for x in (output.logits, seen, position[:, -1:]))
-    # full attention, by SDPA: a window, or a bias cut to size, needs Python to step
+    # a recorded step needs full attention by SDPA: a window, or a bias cut to size, needs Python
     full = all(type(layer) is transformers.cache_utils.DynamicLayer for layer in cache.layers)
     graphs = graphs and full and model.config._attn_implementation == "sdpa"
     state = (model, cache, seen, position)
@@ -923,7 +923,7 @@ def main(args: Args) -> dict[str, float]:
                     logprobs, entropy = token_logprobs(
                         policy, ids, mask, args.temperature, entropy_grad=args.entropy_coef > 0
                     )  # (n, L) each
-                gap, ref = (logprobs - sampled).abs(), ref_logprobs[k]
+                gap, ref = (logprobs.detach() - sampled).abs(), ref_logprobs[k]
                 if epoch == 0:  # no update yet: the old log-probabilities, by the policy and not by the sampling copy
                     old_logprobs.append(logprobs.detach())
                     step_means.add(mask, entropy=entropy, sampling_gap_mean=gap)
@@ -965,7 +965,7 @@ def main(args: Args) -> dict[str, float]:
             "adv_abs_mean": advantages.abs().mean().item(), "frac_trained": len(trained) / (B * G),
             "completion_length": sum(map(len, completions)) / (B * G), "truncated_frac": truncated.mean().item(),
             **step_means.result(), **epoch_means.result(), "lr": lr,
-            "sampling_gap_max": over_ranks(largest_gap, dist.ReduceOp.MAX).item(),
+            **({"sampling_gap_max": over_ranks(largest_gap, dist.ReduceOp.MAX).item()} if batches else {}),
             "time/rollout_s": rollout_seconds, "time/step_s": seconds,
             "time/tokens_per_s": (G * sum(map(len, prompts)) + sum(map(len, completions))) / seconds,
         }  # fmt: skip
@@ -1385,7 +1385,9 @@ class Run:
     def finished(self, steps: int) -> bool:
         """Whether there is nothing left to do; says so."""
         require(steps >= self.step, f"--steps {steps}: the last checkpoint is at step {self.step} already")
-        over = self.record.get("finished")
+        over, before = self.record.get("finished"), self.record.get("resolved", {}).get("steps", steps)
+        same = before == steps or self.args.lr_schedule == "constant"
+        require(same, f"--resume: --steps was {before}; {steps} would change the result")
         hint = "has no checkpoint to go on from: choose another --out, or start anew with --overwrite"
         require(over in (None, steps) or self.checkpoint, f"--resume: {self.out} is a finished run and {hint}")
         if over == steps:

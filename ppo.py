@@ -148,7 +148,7 @@ class Args:
     sft_dataset: str | None = None
     """Rows for the SFT loss, named like `dataset`; `prompts_per_step` of them are drawn each step."""
     target_kl: float | None = None
-    """End the epochs of a step once approx_kl_old (nats per token) passes this, without the update then due."""
+    """End the updates of a step once approx_kl_old (nats per token) passes this, without the update then due."""
     kl_stop: float | None = None
     """End the run once kl_ref_seq (nats per completion) passes this."""
 
@@ -840,7 +840,7 @@ def generate(
     cache = output.past_key_values
     cache.batch_repeat_interleave(num_samples)
     logits, seen, position = (x.repeat_interleave(num_samples, 0) for x in (output.logits, seen, position[:, -1:]))
-    # full attention, by SDPA: a window, or a bias cut to size, needs Python to step
+    # a recorded step needs full attention by SDPA: a window, or a bias cut to size, needs Python
     full = all(type(layer) is transformers.cache_utils.DynamicLayer for layer in cache.layers)
     graphs = graphs and full and model.config._attn_implementation == "sdpa"
     state = (model, cache, seen, position)
@@ -978,7 +978,7 @@ def warn(rows: list[dict], metrics: dict[str, float]):
     first = next((row["entropy"] for row in rows if row.get("entropy")), metrics["entropy"])
     limits = {
         "kl_ref_seq": (15.0, "the policy is far from the reference: raise --kl-coef, lower --lr, or set --kl-stop"),
-        "clip_frac": (0.3, "the updates move too far: lower --lr or --num-epochs, or set --target-kl"),
+        "clip_frac": (0.3, "the updates move too far: lower --lr, make fewer updates of a rollout, or set --target-kl"),
     }
     for name, (limit, advice) in limits.items():
         if metrics.get(name, 0.0) > limit >= (before.get(name) or 0.0):
@@ -1564,7 +1564,9 @@ class Run:
     def finished(self, steps: int) -> bool:
         """Whether there is nothing left to do; says so."""
         require(steps >= self.step, f"--steps {steps}: the last checkpoint is at step {self.step} already")
-        over = self.record.get("finished")
+        over, before = self.record.get("finished"), self.record.get("resolved", {}).get("steps", steps)
+        same = before == steps or self.args.lr_schedule == "constant"
+        require(same, f"--resume: --steps was {before}; {steps} would change the result")
         hint = "has no checkpoint to go on from: choose another --out, or start anew with --overwrite"
         require(over in (None, steps) or self.checkpoint, f"--resume: {self.out} is a finished run and {hint}")
         if over == steps:

@@ -897,7 +897,9 @@ class Run:
     def finished(self, steps: int) -> bool:
         """Whether there is nothing left to do; says so."""
         require(steps >= self.step, f"--steps {steps}: the last checkpoint is at step {self.step} already")
-        over = self.record.get("finished")
+        over, before = self.record.get("finished"), self.record.get("resolved", {}).get("steps", steps)
+        same = before == steps or self.args.lr_schedule == "constant"
+        require(same, f"--resume: --steps was {before}; {steps} would change the result")
         hint = "has no checkpoint to go on from: choose another --out, or start anew with --overwrite"
         require(over in (None, steps) or self.checkpoint, f"--resume: {self.out} is a finished run and {hint}")
         if over == steps:

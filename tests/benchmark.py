@@ -827,7 +827,7 @@ def ppo_step(model: str = "runs/sft", reward_model: str = "runs/rm", pairs: int 
 
         mine, others = alternate(ours, theirs, pairs)
     parts = [{name: median(x[1:]) for name, x in side.items()} for side in others]
-    print(f"{settings.prompts_per_step} prompts x {settings.group_size} samples, {settings.num_epochs} epochs of")
+    print(f"{settings.prompts_per_step} prompts x {settings.group_size} samples, {settings.num_epochs} x")
     print(f"{settings.num_minibatches} minibatches, {pairs} runs of {steps} steps, {grpo.pick_device()}")
     print("\n| part | s, median |\n|---|---|")
     for name in parts[0]:

@@ -99,6 +99,15 @@ def test_fewer_rows_than_ranks_end_a_training_step_and_are_repeated_elsewhere(mo
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As each rank has: then only the number of ranks differs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A folder with 40 rows of the built-in task, a reward, a small language model and a small reward model."""
@@ -140,9 +149,9 @@ def settings(name: str, data: Path, out: Path, **changes) -> dict:
 
 
 def command(name: str, wanted: dict, num_ranks: int) -> list[str]:
-    """The command line of these settings under torchrun."""
+    """The command line of these settings: torchrun for more than one rank."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    words = [sys.executable, *torchrun, str(ROOT / f"{name}.py")]
+    words = [sys.executable, *(torchrun if num_ranks > 1 else []), str(ROOT / f"{name}.py")]
     for key, value in wanted.items():
         flag = "--" + key.replace("_", "-")
         words += [flag] if value is True else [flag, *map(str, value if isinstance(value, tuple) else (value,))]
@@ -169,13 +178,15 @@ def started(name: str, num_ranks: int, wanted: dict):
         process.wait(60)
 
 
+def run_here(name: str, wanted: dict):
+    """One run of one rank in this process, which saves a start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CALLS", environment(wanted["out"])["CALLS"])
+        SCRIPTS[name].main(SCRIPTS[name].Args(**wanted))
+
+
 def run(name: str, num_ranks: int, wanted: dict) -> str:
-    """One run, of several ranks from the command line and of one right here, which saves a start; what ranks print."""
-    if num_ranks == 1:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("CALLS", str(wanted["out"]) + ".calls")
-            SCRIPTS[name].main(SCRIPTS[name].Args(**wanted))
-        return ""
+    """One run from the command line; what it prints."""
     with started(name, num_ranks, wanted) as process:
         printed = process.communicate()[0]
     assert process.returncode == 0, printed
@@ -218,7 +229,7 @@ def test_two_ranks_give_the_run_of_one(name, data, tmp_path):
     one, two, alone = (tmp_path / f"{name}-{x}" for x in ("one", "two", "alone"))
     first = {"steps": 1, **({"num_epochs": 1, "num_minibatches": 1} if name == "ppo" else {})}
     first |= {"num_epochs": 1} if name == "grpo" else {}
-    run(name, 1, settings(name, data, one, **first))
+    run_here(name, settings(name, data, one, **first))
     printed = run(name, 2, settings(name, data, two, **first))
     assert printed.count("wrote ") == 1 and "step 1/1" in printed
     for optimizer in ("optimizer", "value_optimizer") if name == "ppo" else ("optimizer",):
@@ -228,7 +239,7 @@ def test_two_ranks_give_the_run_of_one(name, data, tmp_path):
         assert Path(f"{two}.calls").read_text() == Path(f"{one}.calls").read_text()
     rest = {**first, "steps": 3}
     run(name, 1, settings(name, data, alone, **rest))
-    run(name, 1, settings(name, data, two, resume=True, **rest))
+    run_here(name, settings(name, data, two, resume=True, **rest))
     run(name, 2, settings(name, data, one, resume=True, **rest))
     assert_close(one, alone)
     assert_close(two, alone)
@@ -238,7 +249,7 @@ def test_two_ranks_give_the_run_of_one(name, data, tmp_path):
 def test_two_ranks_that_compile_give_the_run_of_one_that_does_not(data, tmp_path):
     """Layers are compiled first and sharded then; the copy that samples is neither."""
     one, two = tmp_path / "one", tmp_path / "two"
-    run("sft", 1, settings("sft", data, one, steps=2))
+    run_here("sft", settings("sft", data, one, steps=2))
     printed = run("sft", 2, settings("sft", data, two, steps=2, compile=True))
     assert "recompile_limit" not in printed
     assert_close(two, one)
@@ -247,8 +258,8 @@ def test_two_ranks_that_compile_give_the_run_of_one_that_does_not(data, tmp_path
 def test_several_epochs_and_minibatches_on_two_ranks(data, tmp_path):
     """ppo.py with two epochs of two minibatches, an importance weight and a bound on the KL between updates."""
     changes = {"steps": 2, "is_cap": 2.0, "target_kl": 0.5}
-    for count in (1, 2):
-        run("ppo", count, settings("ppo", data, tmp_path / str(count), **changes))
+    run_here("ppo", settings("ppo", data, tmp_path / "1", **changes))
+    run("ppo", 2, settings("ppo", data, tmp_path / "2", **changes))
     assert_close(tmp_path / "2", tmp_path / "1")
 
 

@@ -457,7 +457,7 @@ class Recorded:
     """A CUDA graph without CUDA: replays the recorded step on the very tensors that it was recorded with.
 
     What a real graph would not see, tensors that are replaced instead of changed, this one does not see either. The
-    Python of the cache does run again here: GraphDecoder refuses layers that count in Python.
+    Python of the cache does run again here; models whose layers count in Python get no GraphDecoder.
     """
 
     replays = 0

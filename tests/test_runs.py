@@ -866,6 +866,17 @@ def test_a_run_that_skips_rows_equals_one_that_computes_all(data, tiny_folder, t
         assert (difference < 1e-6)[moved].float().mean() > 0.999 if moved.any() else True, key
 
 
+def test_resume_refuses_data_that_has_grown(data, tiny_folder, tmp_path):
+    """12 rows to train on make 3 steps, 32 make 8; under a decaying learning rate that changes every one of them."""
+    file, rows = tmp_path / "rows.jsonl", (data / "rows.jsonl").read_text().splitlines(keepends=True)
+    file.write_text("".join(rows[:20]))
+    changes = {"dataset": str(file), "steps": None, "epochs": 1, "save_every": 1}
+    run("sft", data, tiny_folder, tmp_path / "out", **changes)
+    file.write_text("".join(rows))
+    with pytest.raises(SystemExit, match="--steps was 3; 8 would change the result"):
+        run("sft", data, tiny_folder, tmp_path / "out", resume=True, **changes)
+
+
 def test_a_step_without_any_signal_changes_nothing(data, tiny_folder, tmp_path):
     """All rewards equal and kl_coef 0: nothing is computed, the loss and the gradient are 0, the weights stay."""
     changes = {"reward": (f"{data}/rewards.py:constant",), "kl_coef": 0.0}
@@ -873,6 +884,7 @@ def test_a_step_without_any_signal_changes_nothing(data, tiny_folder, tmp_path):
     rows = metrics_of(tmp_path / "out")[1:]
     for row in rows:
         assert (row["frac_zero_std"], row["frac_trained"], row["loss"], row["grad_norm"]) == (1.0, 0.0, 0.0, 0.0)
+        assert not {"entropy", "sampling_gap_mean", "sampling_gap_max"} & row.keys()
     before, after = weights_of(tiny_folder), weights_of(tmp_path / "out")
     assert all(torch.equal(value, after[key]) for key, value in before.items())
 
