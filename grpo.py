@@ -72,6 +72,7 @@ from pathlib import Path
 from typing import Literal
 
 import datasets
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -79,7 +80,6 @@ import tyro
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
 
 datasets.disable_progress_bars()
 transformers.utils.logging.disable_progress_bar()
@@ -162,7 +162,7 @@ class Args:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile what is trained (torch.compile): up to a minute at the start, then shorter steps."""
+    """Compile most of the model (torch.compile): up to a minute at the start, then shorter steps."""
 
     # run
     seed: int = 0
@@ -549,9 +549,9 @@ def in_forward(function: Callable) -> Callable:
 
 
 @functools.cache
-def compiled(function: Callable) -> Callable:
-    """The function through torch.compile, one program for all shapes."""
-    return torch.compile(function, dynamic=True)
+def compiled(function: Callable, really: bool) -> Callable:
+    """The function, `really` through torch.compile, as one program for all shapes, or as it is."""
+    return torch.compile(function, dynamic=True) if really else function
 
 
 @in_forward
@@ -568,38 +568,77 @@ def token_logprobs(
     """
     if ids.shape != mask.shape or mask[:, 0].any():
         raise ValueError(f"ids {ids.shape} and mask {mask.shape} must agree, and no action may be the first token")
+    n, t = mask.nonzero(as_tuple=True)  # (num_actions,) each; first, as Python waits here for the GPU
     hidden = model.get_decoder()(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # (N, L - 1, D)
-    n, t = mask.nonzero(as_tuple=True)  # (num_actions,) each
     hidden, targets = hidden[n, t - 1], ids[n, t]  # the state before token t decides it
-    head = model.get_output_embeddings()
-    compiles = getattr(model, "compiles", False)  # set by `shard`
-    num_logits = 2**24  # in a chunk: 64 MiB in float32
-    if ids.is_cuda:  # more, or the GPU would wait for Python; compiled, they exist in bfloat16 alone
-        num_logits = 2**28 if compiles else 2**27
-    chunk = max(1, num_logits // head.weight.shape[0])
-    of_chunk = compiled(head_logprobs) if compiles else head_logprobs
-    results = [
-        checkpoint(of_chunk, head, h, y, temperature, with_entropy, entropy_grad, use_reentrant=False)
-        for h, y in zip(hidden.split(chunk), targets.split(chunk))
-    ]
-    logprobs, entropy = torch.cat(results, 1)  # (num_actions,) each
+    head, device = model.get_output_embeddings(), ids.device.type
+    weight = head.weight
+    if head.bias is not None:  # as one more column
+        hidden = torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1)
+        weight = torch.cat([weight, head.bias[:, None]], 1)
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    options = (temperature, with_entropy, entropy_grad, getattr(model, "compiles", False))  # set by `shard`
+    logprobs, entropy = ChunkedHead.apply(hidden, weight, targets, *options)  # (num_actions,) each
     zeros = torch.zeros(ids.shape, device=ids.device)
-    return zeros.index_put((n, t), logprobs), zeros.index_put((n, t), entropy)
+    return zeros.index_put((n, t), logprobs), zeros.index_put((n, t), entropy if entropy_grad else entropy.detach())
 
 
-def head_logprobs(
-    head, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool, entropy_grad: bool
-) -> Tensor:
-    """Log-probability of `targets` (M,) and entropy from `hidden` (M, D), in float32: (2, M).
+class ChunkedHead(torch.autograd.Function):
+    """The output head, a chunk of rows at a time: log-probabilities of `targets` and entropies, (2, M) in float32.
 
-    In one tensor, because a backward pass that reached only one of them would keep what it recomputed for the other.
+    hidden: (M, D), in the number format to compute in; weight: (V, D), in that of its gradient. Nothing of size M * V
+    is kept: the backward pass computes the logits anew.
     """
-    logits = head(hidden) if temperature == 1 else head(hidden).float() / temperature  # at 1 no float32 copy
-    logprobs = logits.log_softmax(-1, dtype=torch.float32)  # (M, V)
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, with_entropy, entropy_grad, compiles):
+        num_logits = 2**24  # in a chunk: 64 MiB in float32
+        if hidden.is_cuda:  # more, or the GPU would wait for Python; compiled, they exist in bfloat16 alone
+            num_logits = 2**29 if compiles else 2**27
+        ctx.chunk, of_chunk = max(1, num_logits // len(weight)), compiled(head_logprobs, compiles)
+        matrix, chunks = weight.to(hidden.dtype), zip(hidden.split(ctx.chunk), targets.split(ctx.chunk))
+        results = torch.cat([of_chunk(h, matrix, y, temperature, with_entropy) for h, y in chunks], 1)
+        ctx.save_for_backward(hidden, weight, targets, results)
+        ctx.compiles, ctx.options = compiles, (temperature, with_entropy and entropy_grad)
+        return results
+
+    @staticmethod
+    def backward(ctx, grads):
+        hidden, weight, targets, results = ctx.saved_tensors
+        matrix, of_chunk = weight.to(hidden.dtype), compiled(head_gradient, ctx.compiles)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for start in range(0, len(hidden), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            grad_logits = of_chunk(hidden[rows], matrix, targets[rows], results[:, rows], grads[:, rows], *ctx.options)
+            grad_hidden[rows] = grad_logits @ matrix
+            grad_weight += grad_logits.T @ hidden[rows]
+        return grad_hidden, grad_weight, *[None] * 5
+
+
+def head_logprobs(hidden, weight, targets, temperature: float, with_entropy: bool) -> Tensor:
+    """Log-probabilities of targets (m,) and entropies, (2, m) in float32; without `with_entropy` those are 0."""
+    logits = hidden @ weight.T  # (m, V)
+    logits = logits if temperature == 1 else logits.float() / temperature  # at 1 no float32 copy
+    logprobs = logits.log_softmax(-1, dtype=torch.float32)
     chosen = logprobs.gather(1, targets[:, None])[:, 0]
-    logprobs = logprobs if entropy_grad else logprobs.detach()
     entropy = -(logprobs.exp() * logprobs).sum(-1) if with_entropy else torch.zeros_like(chosen)
     return torch.stack([chosen, entropy])
+
+
+def head_gradient(hidden, weight, targets, results, grads, temperature: float, entropy_grad: bool) -> Tensor:
+    """The gradient by the logits z, (m, V), from the results of `head_logprobs` and the gradient by them, (2, m) each.
+
+    With p = softmax(z / T): T * dlog p[y] / dz = onehot(y) - p, and T * dH / dz = -p * (log p + H).
+    """
+    (logprobs, entropy), (grad_logprobs, grad_entropy), y = results[..., None], grads[..., None], targets[:, None]
+    logits = hidden @ weight.T
+    logits = logits if temperature == 1 else logits.float() / temperature
+    log_p = logits - (logits.gather(1, y) - logprobs)  # log-softmax, whose normaliser is known; float32
+    factor = grad_logprobs + grad_entropy * (log_p + entropy) if entropy_grad else grad_logprobs  # (m, V) or (m, 1)
+    gradient = log_p.exp_().mul_(factor / -temperature)
+    of_targets = gradient.gather(1, y) + grad_logprobs / temperature  # before what follows rounds to bfloat16
+    return gradient.to(weight.dtype).scatter_(1, y, of_targets.to(weight.dtype))
 
 
 # ------------------------------------------------------------------------------------------------------------- rollout
@@ -702,6 +741,14 @@ def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     return (block * size + token).clamp(max=last)
 
 
+def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The next token of each row, (rows, 1), and its log-probability, (rows,), from (rows, V): see `generate`."""
+    scaled = logits if temperature in (0, 1) else logits.float() / temperature
+    logprobs = scaled.log_softmax(-1, dtype=torch.float32)
+    token = inverse_cdf(logprobs.exp(), uniforms) if temperature else logprobs.argmax(-1, keepdim=True)
+    return token, logprobs.gather(1, token)[:, 0]
+
+
 @torch.no_grad()
 def generate(
     model, prompts, num_samples: int, max_new_tokens: int, temperature: float, eos_ids, uniforms, graphs: bool = False
@@ -738,24 +785,22 @@ def generate(
     logprobs = torch.zeros(num_rows, max_new_tokens, device=device)
     uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)  # MPS has no float64
     stops = torch.tensor(eos_ids, dtype=torch.long, device=device)
+    draw = compiled(draw_tokens, getattr(model, "compiles", False))  # set by `sampling_copy`
     for t in range(max_new_tokens):
-        scaled = logits[:, -1] if temperature in (0, 1) else logits[:, -1].float() / temperature  # (rows left, V)
-        step_logprobs = scaled.log_softmax(-1, dtype=torch.float32)
-        if temperature:
-            token = inverse_cdf(step_logprobs.exp(), uniforms[batch, t, None])
-        else:
-            token = step_logprobs.argmax(-1, keepdim=True)  # (rows left, 1)
+        token, logprobs[batch, t] = draw(logits[:, -1], uniforms[batch, t, None], temperature)  # (rows, 1), (rows,)
         tokens[batch, t] = token[:, 0].masked_fill(ended, -1)
-        logprobs[batch, t] = step_logprobs.gather(1, token)[:, 0]
         ended = ended | torch.isin(token[:, 0], stops)
-        left = (~ended).nonzero()[:, 0]
-        if t + 1 == max_new_tokens or not len(left):
+        if t + 1 == max_new_tokens:
             break
-        # ended rows leave at once; with graphs, of which each size is recorded, by halves while more than 32 are there
-        most = len(batch) - 1 if not graphs else len(batch) // 2 if len(batch) > 32 else 0
-        if len(left) <= most:
-            decoder.keep(left)
-            batch, token, ended = batch[left], token[left], ended[left]
+        if not graphs or t % 16 == 15:  # seldom with graphs: Python must wait for the GPU to know what is left
+            left = (~ended).nonzero()[:, 0]
+            if not len(left):
+                break
+            # ended rows leave at once; with graphs, of which each size is recorded, by halves while there are over 32
+            most = len(batch) - 1 if not graphs else len(batch) // 2 if len(batch) > 32 else 0
+            if len(left) <= most:
+                decoder.keep(left)
+                batch, token, ended = batch[left], token[left], ended[left]
         logits = decoder.step(token)
     model.train(was_training)
     lengths, tokens, logprobs = (tokens >= 0).sum(1).tolist(), tokens.tolist(), logprobs.tolist()
@@ -1097,9 +1142,10 @@ def micro_batches(rows: list[tuple], max_tokens: int, device: torch.device, pad_
     for batch in micro_batch_rows([len(row[0]) for row in rows], max_tokens):
         width = len(rows[batch[0]][0])
         ids, *others = zip(*(rows[i] for i in batch))
-        ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in ids], device=device)  # causally never seen
-        others = [[row + [0] * (width - len(row)) for row in column] for column in others]
-        yield batch, ids, *(torch.tensor(column, dtype=torch.float32, device=device) for column in others)
+        columns = [np.array([row + [pad_id] * (width - len(row)) for row in ids])]  # padding is causally never seen
+        for column in others:
+            columns.append(np.array([row + [0] * (width - len(row)) for row in column], dtype=np.float32))
+        yield batch, *(torch.tensor(column, device=device) for column in columns)
 
 
 def learning_rate(args: "Args", step: int, steps: int, peak: float) -> float:
@@ -1198,6 +1244,10 @@ def sampling_copy(model, device: torch.device, args: "Args | None" = None):
     if device.type != "cuda" and WORLD_SIZE == 1 and not (args and args.compile):
         return model
     sampler = copy.deepcopy(model).requires_grad_(False).eval()
+    sampler.compiles = bool(args and args.compile)  # read by `generate`
+    for module in sampler.modules() if sampler.compiles else ():
+        if type(module).__name__.endswith(("RMSNorm", "MLP")):  # not attention, whose cache is another in each layer
+            module.compile(dynamic=True)
     for parameter in sampler.parameters():  # and no buffers: rotary frequencies need float32
         parameter.data = parameter.data.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return sampler.to(device)

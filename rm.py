@@ -127,7 +127,7 @@ class Args:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile what is trained (torch.compile): up to a minute at the start, then shorter steps."""
+    """Compile most of the model (torch.compile): up to a minute at the start, then shorter steps."""
 
     # run
     seed: int = 0

@@ -194,7 +194,7 @@ def memory_bandwidth(device: torch.device) -> float:
 
 def rollout(
     model: str = "runs/sft", pairs: int = 5, num_prompts: int = 64, num_samples: int = 16, max_new_tokens: int = 64,
-    against: Literal["generate", "generate_batch"] = "generate", cuda_graphs: bool = True,
+    against: Literal["generate", "generate_batch"] = "generate", cuda_graphs: bool = True, compile: bool = False,
 ):  # fmt: skip
     """The rollout against `model.generate`: same model, held-out prompts, sampling and limits, in tokens per second.
 
@@ -210,18 +210,21 @@ def rollout(
         max_new_tokens: Longest completion, in tokens.
         against: The other side: `model.generate`, or the continuous batching of `model.generate_batch`.
         cuda_graphs: As in the scripts.
+        compile: As in the scripts; the other side runs as it is.
     """
     print_machine()
+    num_rows = num_prompts * num_samples
+    settings = sft.Args(rollout_batch_size=num_rows, cuda_graphs=cuda_graphs, compile=compile)
     with tempfile.TemporaryDirectory() as folder:
         name, device = model_folder(model, folder), grpo.pick_device()
         tokenizer, eos_ids = grpo.load_tokenizer(name, max_new_tokens)
-        policy = grpo.sampling_copy(grpo.load_model(name, device), device).eval()
+        policy = grpo.load_model(name, device)
+        sampler, policy = (grpo.sampling_copy(policy, device, x).eval() for x in (settings, None))
     prompts = [grpo.encode_prompt(tokenizer, row, None) for row in grpo.arithmetic_rows("test", num_prompts)]
-    width, num_rows = max(map(len, prompts)), num_prompts * num_samples
+    width = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(x)) + x for x in prompts], device=device)
     seen = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=device)
     stops = torch.tensor(eos_ids, device=device)
-    settings = sft.Args(rollout_batch_size=num_rows, cuda_graphs=cuda_graphs)
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": max_new_tokens}
     options |= {"eos_token_id": eos_ids, "pad_token_id": tokenizer.pad_token_id}
 
@@ -229,7 +232,7 @@ def rollout(
         synchronize()
         clock = time.perf_counter()
         uniforms = grpo.draw_uniforms(0, "benchmark", draw, num_rows, max_new_tokens)
-        completions, _ = grpo.rollout(policy, prompts, num_samples, 1.0, eos_ids, uniforms, settings)
+        completions, _ = grpo.rollout(sampler, prompts, num_samples, 1.0, eos_ids, uniforms, settings)
         synchronize()
         return sum(map(len, completions)), time.perf_counter() - clock
 

@@ -182,6 +182,63 @@ def test_a_mask_of_another_shape_is_refused():
 BIG_VOCAB = 200_000  # 2**24 logits are 83 tokens
 
 
+def test_gradient_by_the_logits_worked_by_hand():
+    """z = T * (ln 2, 0, 0), so p = (1/2, 1/4, 1/4), and y = 0: T dlog p[y] / dz = (1/2, -1/4, -1/4).
+
+    H = 1.5 ln 2, and T dH / dz = -p * (log p + H) = ln 2 * (-1/4, 1/8, 1/8).
+    """
+    ln2, T = 0.6931472, 0.5
+    hidden, weight, targets = torch.ones(1, 1), torch.tensor([[T * ln2], [0.0], [0.0]]), torch.tensor([0])
+    results = grpo.head_logprobs(hidden, weight, targets, T, True)
+    assert torch.allclose(results, torch.tensor([[-ln2], [1.5 * ln2]]))
+    for grads, entropy_grad, expected in (
+        ([[1.0], [0.0]], False, [1.0, -0.5, -0.5]),
+        ([[-3.0], [7.0]], False, [-3.0, 1.5, 1.5]),
+        ([[0.0], [1.0]], True, [-0.5 * ln2, 0.25 * ln2, 0.25 * ln2]),
+        ([[2.0], [-4.0]], True, [2 + 2 * ln2, -1 - ln2, -1 - ln2]),
+    ):
+        gradient = grpo.head_gradient(hidden, weight, targets, results, torch.tensor(grads), T, entropy_grad)
+        assert torch.allclose(gradient, torch.tensor([expected]), atol=1e-6)
+
+
+def test_in_bfloat16_the_gradient_of_a_likely_token_does_not_drown_in_rounding():
+    """z = (8, 0): 1 - p = 1 / (1 + e^8) = 3.3535e-4, which bfloat16 holds to 0.4 %, but not as 1 less 0.99966."""
+    hidden, weight, targets = torch.ones(1, 1).bfloat16(), torch.tensor([[8.0], [0.0]]).bfloat16(), torch.tensor([0])
+    results = grpo.head_logprobs(hidden, weight, targets, 1.0, False)
+    gradient = grpo.head_gradient(hidden, weight, targets, results, torch.tensor([[1.0], [0.0]]), 1.0, False)
+    assert gradient.dtype == torch.bfloat16
+    assert gradient.float()[0].tolist() == pytest.approx([3.3535e-4, -3.3535e-4], rel=4e-3)
+
+
+def test_a_head_with_a_bias():
+    """Its values and gradients, the bias's own among them."""
+    model = random_model("llama")
+    model.lm_head = torch.nn.Linear(32, VOCAB)
+    model = grpo.prepare_model(model, CPU, False)
+    ids, mask, lengths = ragged_batch()
+    expected, expected_entropy = by_definition(model, ids, mask, lengths, 0.7)
+    logprobs, entropy = grpo.token_logprobs(model, ids, mask, 0.7)
+    assert torch.allclose(logprobs, expected, atol=2e-5) and torch.allclose(entropy, expected_entropy, atol=2e-5)
+    w = weights_of(mask, 1)
+    gradient = gradient_of((w * logprobs + entropy).sum(), model)
+    assert model.lm_head.bias.grad.norm() > 0.1
+    assert_equal_gradients(gradient, gradient_of((w * expected + expected_entropy).sum(), model))
+
+
+def test_under_autocast_the_head_computes_in_bfloat16_and_gradients_stay_in_float32():
+    """As on CUDA: values to the three digits of bfloat16, gradients to 4 % of their norm."""
+    model = random_model("qwen3")
+    ids, mask, _ = ragged_batch()
+    exact, _ = grpo.token_logprobs(model, ids, mask)
+    expected = gradient_of(exact.sum(), model)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        logprobs, _ = grpo.token_logprobs(model, ids, mask)
+    assert logprobs.dtype == torch.float32 and not torch.equal(logprobs, exact)
+    assert torch.allclose(logprobs, exact, atol=0.05)
+    assert_equal_gradients(gradient_of(logprobs.sum(), model), expected, tolerance=0.04)
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
 class LargestLogits(TorchDispatchMode):
     """Records the largest tensor whose last dimension is the vocabulary, forward and backward."""
 
@@ -258,7 +315,8 @@ def test_gradient_checkpointing_changes_neither_values_nor_gradients():
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler here")
 def test_compile_changes_neither_values_nor_gradients():
-    """Batches of several shapes through one program for all layers; the copy that samples does without."""
+    """Batches of several shapes through one program for all layers; the copy that samples has its norms, its MLPs and
+    the draw compiled, and draws the same tokens in batches that shrink."""
     plain = grpo.prepare_model(random_model("qwen3"), CPU, False)
     model = grpo.prepare_model(random_model("qwen3"), CPU, False)
     args = grpo.Args(compile=True)
@@ -274,12 +332,20 @@ def test_compile_changes_neither_values_nor_gradients():
             results.append((logprobs, gradient_of((weights_of(mask, 1) * logprobs + entropy).sum(), x)))
         assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
         assert_equal_gradients(results[1][1], results[0][1])
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # layers, head
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # layers, head, its gradient
     assert model.state_dict().keys() == plain.state_dict().keys()
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    sampled = [grpo.generate(x, [[5, 6, 7], [8]], 2, 4, 0.0, [1], torch.zeros(4, 4))[0] for x in (plain, sampler)]
-    assert sampled[0] == sampled[1] and not torch._dynamo.utils.counters["stats"]
+    programs, stats = [], torch._dynamo.utils.counters["stats"]
+    for temperature, count in ((0.0, 6), (1.0, 6), (0.0, 7), (1.0, 9)):
+        draws = torch.rand(2 * count, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        asked = ([[5, 6, 7], [8]], count, 8, temperature, [1, 2, 3, 4], draws)
+        (expected, expected_logprobs), (tokens, logprobs) = (grpo.generate(x, *asked) for x in (plain, sampler))
+        assert tokens == expected and len(set(map(len, tokens))) > 1
+        for a, b in zip(logprobs, expected_logprobs):
+            assert torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-5)
+        programs.append(stats["unique_graphs"])
+    assert 0 < programs[0] < programs[1] == programs[2] == programs[3]  # other numbers of rows need no other programs
 
 
 ODD_HEADS = {

@@ -498,21 +498,27 @@ def test_fixed_shapes_change_nothing(family, temperature, with_graph, request):
 
 
 def test_with_graphs_the_batch_shrinks_when_half_of_it_has_ended():
-    """The rows of each step: always the first number, or at most half of the one before, until 32 are left; without
-    graphs, one by one."""
-    model, uniforms, eos_ids = random_model(), draws(200, 12), list(range(1, 12))
-    for graphs in (True, False):
+    """The rows of each step: always the first number, or, looked at every 16th step, at most half of the one before,
+    until 32 are left; without graphs, one by one. A batch that has ended is noticed then too."""
+    model, uniforms = random_model(max_position_embeddings=256), draws(200, 160)
+    for graphs, eos_ids in ((True, [3]), (False, [3]), (True, list(range(1, 40)))):
         rows = []
         count_rows(model, rows)
-        completions, _ = grpo.generate(model, PROMPTS, 40, 12, 1.0, eos_ids, uniforms, graphs=graphs)
-        left = [sum(len(x) > t for x in completions) for t in range(1, max(map(len, completions)))]
+        completions, _ = grpo.generate(model, PROMPTS, 40, 160, 1.0, eos_ids, uniforms, graphs=graphs)
+        left = [sum(len(x) > t for x in completions) for t in range(1, 160)]
         size, expected = 200, []
-        for unfinished in left:
-            if not graphs or (2 * unfinished <= size and size > 32):
-                size = unfinished
+        for t, unfinished in enumerate(left):
+            if not graphs or t % 16 == 15:
+                if not unfinished:
+                    break
+                if not graphs or (2 * unfinished <= size and size > 32):
+                    size = unfinished
             expected.append(size)
-        assert rows[1:] == expected and len(set(expected)) > 2  # the first pass is the prefill
-        assert min(expected) < 20
+        assert rows[1:] == expected  # the first pass is the prefill
+        if len(eos_ids) == 1:
+            assert len(set(expected)) > 2 and min(expected) <= 32
+        else:
+            assert max(map(len, completions)) <= 16 and expected == [200] * 15
 
 
 def test_with_graphs_the_cache_grows(monkeypatch, recorded):

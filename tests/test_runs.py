@@ -701,7 +701,7 @@ def test_metrics_do_not_depend_on_the_micro_batches(name, data, tiny_folder, oth
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_compile_gives_the_same_run(name, data, tiny_folder, tmp_path, monkeypatch):
     """--compile changes losses and gradient norms by rounding alone, and compiles the one layer of each model that a
-    step runs through: the trained ones, and the reference of the online scripts."""
+    step runs through (the trained ones, and the reference of the online scripts) and parts of the copy that samples."""
     layers, compile_module = [], torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **options: (layers.append(self), compile_module(self, **options))
@@ -717,7 +717,9 @@ def test_compile_gives_the_same_run(name, data, tiny_folder, tmp_path, monkeypat
         run(name, data, tiny_folder, tmp_path / str(compiled), model=f"{tmp_path}/one layer", compile=compiled)
         rows.append(metrics_of(tmp_path / str(compiled))[1:])
         assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == compiled
-    assert len(layers) == {"grpo": 2, "ppo": 3}.get(name, 1) and len(rows[0]) == 2
+    of_sampler = sorted(type(x).__name__ for x in layers if not type(x).__name__.endswith("Layer"))
+    assert of_sampler == ([] if name == "rm" else ["Qwen3MLP", *["Qwen3RMSNorm"] * 5])
+    assert len(layers) - len(of_sampler) == {"grpo": 2, "ppo": 3}.get(name, 1) and len(rows[0]) == 2
     for plain, compiled in zip(*rows, strict=True):
         for key in ("loss", "grad_norm", *(("value_grad_norm",) if name == "ppo" else ())):
             assert compiled[key] == pytest.approx(plain[key], rel=1e-3, abs=1e-5)
