@@ -4,12 +4,12 @@
 # ///
 """GRPO: group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300, eq. 3 and 4).
 
-No value model: the baseline of a completion is the mean reward of its prompt's `group_size` completions. The loss:
+No value model: the baseline of a completion y_n is the mean reward of its group. The loss (`grpo_loss`, then `main`):
 
     loss      = -1/N * sum_n 1/|y_n| * sum_t objective[n, t] - entropy_coef * entropy + sft_coef * sft_loss
     objective = w * min(ratio * A_n, clip(ratio, 1 - clip_eps, 1 + clip_eps) * A_n) - kl_coef * k3
     w         = min(exp(old_logprobs - sampling_logprobs), is_cap)                                1 where `is_cap` is 0
-    ratio     = exp(logprobs - old_logprobs)      old: computed as `logprobs` is, before the first update of the step
+    ratio     = exp(logprobs - old_logprobs)      old: by the policy before the step's first update, in which ratio is 1
     A_n       = (reward_n - mean_group) / (std_group + 1e-4)     std with ddof 1; A_n = 0 if the group's are all equal
     k3        = exp(ref_logprobs - logprobs) - (ref_logprobs - logprobs) - 1                                      >= 0
 
@@ -234,12 +234,13 @@ def grpo_loss(
     clip_eps: float,
     kl_coef: float,
     num_sequences: int,
-    weights: Tensor | None = None,
+    is_weights: Tensor | None = None,
 ) -> Tensor:
     """What n rows add to the step's loss, without entropy and SFT: a scalar (eq. 3 with the sign turned).
 
     logprobs, old_logprobs, ref_logprobs, mask: (n, L); advantages: (n,); ref_logprobs may be None when kl_coef is 0.
-    weights: the header's w, (n, L), or None for 1. num_sequences: its N, of the step: micro-batch losses add up to it.
+    is_weights: the header's w, (n, L), or None for 1. num_sequences: N of the whole step, so that the losses of its
+    micro-batches add up to the step's.
     Raises ValueError on a wrong shape or a row without an action.
     """
     if logprobs.shape != mask.shape or old_logprobs.shape != mask.shape or advantages.shape != mask.shape[:1]:
@@ -250,8 +251,8 @@ def grpo_loss(
     ratio = (logprobs - old_logprobs).exp()  # (n, L)
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     objective = torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
-    if weights is not None:
-        objective = objective * weights
+    if is_weights is not None:
+        objective = objective * is_weights
     if kl_coef:
         objective = objective - kl_coef * kl_k3(logprobs, ref_logprobs)
     return -((objective * mask).sum(1) / lengths).sum() / num_sequences
@@ -412,9 +413,9 @@ def call_reward(name: str, function: Callable, prompts: list, completions: list[
     try:
         values = list(function(prompts, completions, rows))
     except Exception as error:  # the user's own code may raise anything
-        alone = len(rows) > 1 and not isinstance(function, RewardModel)
-        for i in range(len(rows) if alone else 0):  # row by row, to end at the one that it fails on
-            call_reward(name, function, prompts[i : i + 1], completions[i : i + 1], rows[i : i + 1])
+        if len(rows) > 1 and not isinstance(function, RewardModel):  # row by row, to end at the one that it fails on
+            for i in range(len(rows)):
+                call_reward(name, function, prompts[i : i + 1], completions[i : i + 1], rows[i : i + 1])
         where = f"completion {completions[0]!r} of row {rows[0]}" if len(rows) == 1 else "a batch, not on any row alone"
         raise SystemExit(f"--reward {name} raised {error!r} on {where}") from error
     require(len(values) == len(rows), f"--reward {name} returned {len(values)} values for {len(rows)} completions")
@@ -549,9 +550,9 @@ def in_forward(function: Callable) -> Callable:
 
 
 @functools.cache
-def compiled(function: Callable, really: bool) -> Callable:
-    """The function, `really` through torch.compile, as one program for all shapes, or as it is."""
-    return torch.compile(function, dynamic=True) if really else function
+def compiled(function: Callable, compiles: bool) -> Callable:
+    """`function` as it is or, if it `compiles`, through torch.compile: one program for all shapes, made once."""
+    return torch.compile(function, dynamic=True) if compiles else function
 
 
 @in_forward
@@ -562,13 +563,13 @@ def token_logprobs(
 
     ids, mask: (N, L), right-padded; results: (N, L) float32, differentiable. The logits are divided by `temperature`.
     No attention mask: under a causal model, right padding is never seen. Only positions with mask 1 go through the
-    output head, a chunk at a time and recomputed in the backward pass, so at most one (chunk, V) block of logits lives.
+    output head, a chunk at a time and recomputed in the backward pass, so the logits of no more than a chunk live.
     Without `with_entropy` the entropy is 0, without `entropy_grad` it has no gradient: both save time. Raises
     ValueError if an action stands at index 0, where nothing precedes it.
     """
     if ids.shape != mask.shape or mask[:, 0].any():
         raise ValueError(f"ids {ids.shape} and mask {mask.shape} must agree, and no action may be the first token")
-    n, t = mask.nonzero(as_tuple=True)  # (num_actions,) each; first, as Python waits here for the GPU
+    n, t = mask.nonzero(as_tuple=True)  # (num_actions,) each; Python waits for the GPU here, so before the decoder
     hidden = model.get_decoder()(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # (N, L - 1, D)
     hidden, targets = hidden[n, t - 1], ids[n, t]  # the state before token t decides it
     head, device = model.get_output_embeddings(), ids.device.type
@@ -576,16 +577,16 @@ def token_logprobs(
     if head.bias is not None:  # as one more column
         hidden = torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1)
         weight = torch.cat([weight, head.bias[:, None]], 1)
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device):  # which does not reach into ChunkedHead's backward pass
         hidden = hidden.to(torch.get_autocast_dtype(device))
     options = (temperature, with_entropy, entropy_grad, getattr(model, "compiles", False))  # set by `shard`
-    logprobs, entropy = ChunkedHead.apply(hidden, weight, targets, *options)  # (num_actions,) each
+    logprobs, entropy, _ = ChunkedHead.apply(hidden, weight, targets, *options)  # (num_actions,) each
     zeros = torch.zeros(ids.shape, device=ids.device)
     return zeros.index_put((n, t), logprobs), zeros.index_put((n, t), entropy if entropy_grad else entropy.detach())
 
 
 class ChunkedHead(torch.autograd.Function):
-    """The output head, a chunk of rows at a time: log-probabilities of `targets` and entropies, (2, M) in float32.
+    """The output head: `head_logprobs` of all rows, (3, M), a chunk at a time.
 
     hidden: (M, D), in the number format to compute in; weight: (V, D), in that of its gradient. Nothing of size M * V
     is kept: the backward pass computes the logits anew.
@@ -596,49 +597,55 @@ class ChunkedHead(torch.autograd.Function):
         num_logits = 2**24  # in a chunk: 64 MiB in float32
         if hidden.is_cuda:  # more, or the GPU would wait for Python; compiled, they exist in bfloat16 alone
             num_logits = 2**29 if compiles else 2**27
-        ctx.chunk, of_chunk = max(1, num_logits // len(weight)), compiled(head_logprobs, compiles)
-        matrix, chunks = weight.to(hidden.dtype), zip(hidden.split(ctx.chunk), targets.split(ctx.chunk))
-        results = torch.cat([of_chunk(h, matrix, y, temperature, with_entropy) for h, y in chunks], 1)
-        ctx.save_for_backward(hidden, weight, targets, results)
+        ctx.chunk = max(1, num_logits // len(weight))  # rows at a time
+        of_chunk, matrix = compiled(head_logprobs, compiles), weight.to(hidden.dtype)
+        chunks = zip(hidden.split(ctx.chunk), targets.split(ctx.chunk))
+        outputs = torch.cat([of_chunk(h, matrix, y, temperature, with_entropy) for h, y in chunks], 1)
+        ctx.save_for_backward(hidden, weight, targets, outputs)
         ctx.compiles, ctx.options = compiles, (temperature, with_entropy and entropy_grad)
-        return results
+        return outputs
 
     @staticmethod
-    def backward(ctx, grads):
-        hidden, weight, targets, results = ctx.saved_tensors
+    def backward(ctx, grad_outputs):
+        hidden, weight, targets, outputs = ctx.saved_tensors
         matrix, of_chunk = weight.to(hidden.dtype), compiled(head_gradient, ctx.compiles)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         for start in range(0, len(hidden), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            grad_logits = of_chunk(hidden[rows], matrix, targets[rows], results[:, rows], grads[:, rows], *ctx.options)
+            of_rows = (targets[rows], outputs[:, rows], grad_outputs[:, rows])
+            grad_logits = of_chunk(hidden[rows], matrix, *of_rows, *ctx.options)
             grad_hidden[rows] = grad_logits @ matrix
             grad_weight += grad_logits.T @ hidden[rows]
         return grad_hidden, grad_weight, *[None] * 5
 
 
 def head_logprobs(hidden, weight, targets, temperature: float, with_entropy: bool) -> Tensor:
-    """Log-probabilities of targets (m,) and entropies, (2, m) in float32; without `with_entropy` those are 0."""
+    """Log-probabilities of targets (m,), entropies (0 without `with_entropy`) and normalisers, (3, m) in float32."""
     logits = hidden @ weight.T  # (m, V)
     logits = logits if temperature == 1 else logits.float() / temperature  # at 1 no float32 copy
-    logprobs = logits.log_softmax(-1, dtype=torch.float32)
-    chosen = logprobs.gather(1, targets[:, None])[:, 0]
-    entropy = -(logprobs.exp() * logprobs).sum(-1) if with_entropy else torch.zeros_like(chosen)
-    return torch.stack([chosen, entropy])
+    log_p = logits.log_softmax(-1, dtype=torch.float32)
+    chosen, logit = (x.gather(1, targets[:, None])[:, 0] for x in (log_p, logits))
+    entropy = -(log_p.exp() * log_p).sum(-1) if with_entropy else torch.zeros_like(chosen)
+    return torch.stack([chosen, entropy, logit - chosen])
 
 
-def head_gradient(hidden, weight, targets, results, grads, temperature: float, entropy_grad: bool) -> Tensor:
-    """The gradient by the logits z, (m, V), from the results of `head_logprobs` and the gradient by them, (2, m) each.
+def head_gradient(hidden, weight, targets, outputs, grad_outputs, temperature: float, entropy_grad: bool) -> Tensor:
+    """The gradient by the logits z, (m, V), from what `head_logprobs` returned and the gradient by that, (3, m) each.
 
     With p = softmax(z / T): T * dlog p[y] / dz = onehot(y) - p, and T * dH / dz = -p * (log p + H).
     """
-    (logprobs, entropy), (grad_logprobs, grad_entropy), y = results[..., None], grads[..., None], targets[:, None]
+    _, entropy, normaliser = outputs[..., None]  # (m, 1) each
+    grad_chosen, grad_entropy, _ = grad_outputs[..., None] / -temperature  # with the minus of -p
+
+    def of_p(log_p):  # the gradient without onehot(y)
+        factor = grad_chosen + grad_entropy * (log_p + entropy) if entropy_grad else grad_chosen
+        return log_p.exp_().mul_(factor)
+
     logits = hidden @ weight.T
     logits = logits if temperature == 1 else logits.float() / temperature
-    log_p = logits - (logits.gather(1, y) - logprobs)  # log-softmax, whose normaliser is known; float32
-    factor = grad_logprobs + grad_entropy * (log_p + entropy) if entropy_grad else grad_logprobs  # (m, V) or (m, 1)
-    gradient = log_p.exp_().mul_(factor / -temperature)
-    of_targets = gradient.gather(1, y) + grad_logprobs / temperature  # before what follows rounds to bfloat16
-    return gradient.to(weight.dtype).scatter_(1, y, of_targets.to(weight.dtype))
+    gradient = of_p(logits - normaliser).to(weight.dtype)  # computed in float32
+    of_targets = of_p(logits.gather(1, targets[:, None]) - normaliser) - grad_chosen  # before bfloat16 rounds it away
+    return gradient.scatter_(1, targets[:, None], of_targets.to(weight.dtype))
 
 
 # ------------------------------------------------------------------------------------------------------------- rollout
@@ -647,22 +654,22 @@ def head_gradient(hidden, weight, targets, results, grads, temperature: float, e
 class Decoder:
     """The rows that are being sampled: their KV cache, the columns each row sees, the position of its last token."""
 
-    def __init__(self, model, cache, seen: Tensor, position: Tensor):
-        self.model, self.cache, self.seen, self.position = model, cache, seen, position
+    def __init__(self, model, cache, attention_mask: Tensor, position: Tensor):
+        self.model, self.cache, self.attention_mask, self.position = model, cache, attention_mask, position
 
     def keep(self, rows: Tensor):
         """Goes on with these rows alone."""
         self.cache.batch_select_indices(rows)
-        self.seen, self.position = self.seen[rows], self.position[rows]
+        self.attention_mask, self.position = self.attention_mask[rows], self.position[rows]
 
     def step(self, token: Tensor) -> Tensor:
         """Reads the next token of each row, (rows, 1), and returns the logits of the one after it, (rows, 1, V)."""
-        self.seen = torch.cat([self.seen, self.seen.new_ones(len(token), 1)], 1)
+        self.attention_mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(len(token), 1)], 1)
         self.position = self.position + 1
         return self.forward(token)
 
     def forward(self, token: Tensor) -> Tensor:
-        options = {"attention_mask": self.seen, "position_ids": self.position, "past_key_values": self.cache}
+        options = {"attention_mask": self.attention_mask, "position_ids": self.position, "past_key_values": self.cache}
         return self.model(input_ids=token, use_cache=True, **options).logits
 
 
@@ -671,15 +678,15 @@ class GraphDecoder(Decoder):
 
     A graph works on the same addresses each time. So the cache has room for columns to come, and a mask tells those in
     use. When the room is full, or rows leave, a new cache is made and a new graph recorded. The result of `step` is
-    overwritten by the next one. `seen` is what is added to the scores here: 0 is seen, -inf is not.
+    overwritten by the next one. The mask is what is added to the scores here: 0 is seen, -inf is not.
     """
 
-    def __init__(self, model, cache, seen: Tensor, position: Tensor, max_new_tokens: int):
-        self.used = seen.shape[1]  # columns filled so far; the cache counts them too, on the device
+    def __init__(self, model, cache, attention_mask: Tensor, position: Tensor, max_new_tokens: int):
+        self.used = attention_mask.shape[1]  # columns filled so far; the cache counts them too, on the device
         self.end = self.used + max_new_tokens
-        mask = torch.zeros_like(seen, dtype=model.dtype).masked_fill(seen == 0, -math.inf)
+        mask = torch.zeros_like(attention_mask, dtype=model.dtype).masked_fill(attention_mask == 0, -math.inf)
         super().__init__(model, cache, mask[:, None, None], position)  # (rows, 1, 1, columns)
-        self.keep(slice(None))
+        self.keep(slice(None))  # all rows, now in a cache with room
 
     def keep(self, rows: Tensor | slice):
         """Goes on with these rows, in a new cache: room for twice what is used, or for all if that is little more."""
@@ -690,15 +697,16 @@ class GraphDecoder(Decoder):
         for k, layer in enumerate(self.cache.layers):
             cache.update(layer.keys[rows, :, : self.used], layer.values[rows, :, : self.used], k)
             layer.keys = layer.values = None  # freed
-        self.cache, self.position, seen = cache, self.position[rows], self.seen[rows, ..., : self.used]
-        self.seen = torch.nn.functional.pad(seen, (0, room - self.used), value=-math.inf)
+        self.cache, self.position = cache, self.position[rows]
+        mask = self.attention_mask[rows, ..., : self.used]
+        self.attention_mask = torch.nn.functional.pad(mask, (0, room - self.used), value=-math.inf)
         self.token, self.graph = torch.zeros_like(self.position), None
 
     def step(self, token: Tensor) -> Tensor:
-        if self.used == self.seen.shape[-1]:
-            self.keep(slice(None))
+        if self.used == self.attention_mask.shape[-1]:
+            self.keep(slice(None))  # all rows, in a larger cache
         self.token.copy_(token)
-        self.seen[..., self.used] = 0
+        self.attention_mask[..., self.used] = 0
         self.position += 1
         self.used += 1
         if self.graph is not None:
@@ -720,29 +728,30 @@ class GraphDecoder(Decoder):
 def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     """The first token whose cumulative probability exceeds the draw: (rows, 1), from (rows, V) and (rows, 1).
 
-    A large vocabulary in two stages, blocks of tokens and then those of one block, so that it is read but once. Where
-    probabilities are NaN, so is their logarithm, and any token will do.
+    A large vocabulary goes in two stages, blocks of tokens and then those of one block, so that it is read but once. Of
+    NaN probabilities any token is drawn: its log-probability, NaN too, shows it.
     """
-    last, precise = probs.shape[1] - 1, uniforms.dtype
-    below_1 = 1 - torch.finfo(precise).eps  # keeps a draw below the sum, so that some cumulative probability exceeds it
+    last, dtype = probs.shape[1] - 1, uniforms.dtype
+    below_1 = 1 - torch.finfo(dtype).eps  # keeps a draw below the sum, so that some cumulative probability exceeds it
     if last < 1024:
-        cdf = probs.cumsum(-1, dtype=precise)
+        cdf = probs.cumsum(-1, dtype=dtype)
         return torch.searchsorted(cdf, uniforms.clamp(max=below_1) * cdf[:, -1:], right=True).clamp(max=last)
     if probs.shape[1] % 64:  # blocks need a common size
         probs = torch.nn.functional.pad(probs, (0, -probs.shape[1] % 64))
-    size = math.gcd(probs.shape[1], 512)
+    size = next(x for x in (512, 256, 128, 64) if probs.shape[1] % x == 0)
     blocks = probs.unflatten(1, (-1, size))  # (rows, V / size, size)
-    cdf = torch.nn.functional.pad(blocks.sum(-1).cumsum(-1, dtype=precise), (1, 0))
+    cdf = torch.nn.functional.pad(blocks.sum(-1).cumsum(-1, dtype=dtype), (1, 0))
     draw = uniforms.clamp(max=below_1) * cdf[:, -1:]
     block = torch.searchsorted(cdf, draw, right=True) - 1  # (rows, 1)
     draw = draw - cdf.gather(1, block)  # what is left of it for the block
-    cdf = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1, dtype=precise)  # (rows, size)
+    chosen = blocks.gather(1, block[..., None].expand(-1, -1, size))[:, 0]  # (rows, size)
+    cdf = chosen.cumsum(-1, dtype=dtype)
     token = torch.searchsorted(cdf, torch.minimum(draw, below_1 * cdf[:, -1:]), right=True)
     return (block * size + token).clamp(max=last)
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The next token of each row, (rows, 1), and its log-probability, (rows,), from (rows, V): see `generate`."""
+    """The next token of each row, (rows, 1), and its log-probability, (rows,), from logits, (rows, V)."""
     scaled = logits if temperature in (0, 1) else logits.float() / temperature
     logprobs = scaled.log_softmax(-1, dtype=torch.float32)
     token = inverse_cdf(logprobs.exp(), uniforms) if temperature else logprobs.argmax(-1, keepdim=True)
@@ -756,11 +765,11 @@ def generate(
     """Samples `num_samples` completions of each prompt: ids and their log-probabilities, prompt-major, B*G of each.
 
     prompts: B lists of ids. uniforms: (B*G, max_new_tokens) in [0, 1): row i draws token t from uniforms[i, t] by
-    inverse CDF of softmax(logits / temperature), so but for rounding its neighbours do not matter, nor does chunking.
+    inverse CDF of softmax(logits / temperature): but for rounding, neither its neighbours nor chunking matter.
     Temperature 0 is greedy, with log-probabilities at temperature 1. A completion ends with the first of `eos_ids`,
     which it keeps, or at `max_new_tokens`. Nothing of the model's generation config applies. graphs: see GraphDecoder.
 
-        prefill, once per prompt     decode, one row per sample; finished rows leave the batch (graphs: by halves)
+        prefill, once per prompt     decode, one row per sample; finished rows leave (graphs: late, and by halves)
         [pad pad p0 p1] | .          left padding here alone: every row's next token has the same column
         [p0  p1  p2 p3] | .
     """
@@ -796,9 +805,8 @@ def generate(
             left = (~ended).nonzero()[:, 0]
             if not len(left):
                 break
-            # ended rows leave at once; with graphs, of which each size is recorded, by halves while there are over 32
-            most = len(batch) - 1 if not graphs else len(batch) // 2 if len(batch) > 32 else 0
-            if len(left) <= most:
+            # ended rows leave at once; a graph is recorded anew for each size, so there only once half of over 32 ended
+            if (len(batch) > 32 and len(left) <= len(batch) // 2) if graphs else len(left) < len(batch):
                 decoder.keep(left)
                 batch, token, ended = batch[left], token[left], ended[left]
         logits = decoder.step(token)
@@ -841,7 +849,8 @@ def rollout(sampler, prompts, num_samples, temperature, eos_ids, uniforms, args)
     if WORLD_SIZE > 1:
         shares = [None] * WORLD_SIZE
         dist.all_gather_object(shares, found)
-    return tuple(list(itertools.chain(*column)) for column in zip(*itertools.chain(*shares)))
+    completions, logprobs = zip(*itertools.chain(*shares))  # of all chunks, in the order of the prompts
+    return list(itertools.chain(*completions)), list(itertools.chain(*logprobs))
 
 
 def decode(tokenizer, completions: list[list[int]], eos_ids: list[int]) -> list[str]:
@@ -869,13 +878,13 @@ def evaluate(sampler, tokenizer, rows, prompts, reward_of, args, eos_ids) -> dic
 
 
 def check_sampling(gap: Tensor, mask: Tensor, means: "Means"):
-    """Ends the run if sampling and training log-probabilities differ by `gap` (n, L), where they should not."""
+    """Prints the gap (n, L) between sampling and training log-probabilities; one of 1e-3, off CUDA, ends the run."""
     if "kl_ref_seq" in means.sums:
         print(f"KL to the reference {means.result()['kl_ref_seq']:.1e} per completion")
     mean, largest = masked_mean(gap, mask).item(), (gap * mask).max().item()
     print(f"|sampling - training log-probability|: mean {mean:.1e}, max {largest:.1e}")
-    exact = largest < 1e-3 or gap.device.type == "cuda"
-    require(exact, "sampling and training differ by more than 1e-3: this model's cached decoding is not exact")
+    allowed = largest < 1e-3 or gap.device.type == "cuda"  # where sampling is in bfloat16
+    require(allowed, "sampling and training differ by more than 1e-3: this model's cached decoding is not exact")
     if mean > 0.02:
         print("warning: sampling and training log-probabilities differ by more than 0.02 on average")
 
@@ -904,7 +913,8 @@ def main(args: Args) -> dict[str, float]:
 
     policy = load_model(run.checkpoint or args.model, device, args.gradient_checkpointing)
     sampler = sampling_copy(policy, device, args)  # before the weights are shared out
-    policy, reference = shard(policy, device, args), None
+    policy = shard(policy, device, args)
+    reference = None
     if args.kl_coef or args.kl_stop:
         reference = shard(load_model(args.model, device).requires_grad_(False), device, args)
     peak_lr = args.lr or (3e-4 if policy.num_parameters() < 10_000_000 else 1e-6)
@@ -973,16 +983,16 @@ def main(args: Args) -> dict[str, float]:
                     old_logprobs.append(logprobs.detach())
                     step_means.add(mask, entropy=entropy, sampling_gap_mean=gap)
                     largest_gap = torch.maximum(largest_gap, (gap * mask).max())
-                if epoch == 0 and reference is not None:
-                    step_means.add(mask, kl_ref_k1=logprobs - ref, kl_ref_k3=kl_k3(logprobs, ref))
-                    step_means.add(kl_ref_seq=((logprobs - ref) * mask).sum(1))
-                old, advantage, weights = old_logprobs[k], trained_advantages[indices], None  # (n, L), (n,)
+                    if reference is not None:
+                        step_means.add(mask, kl_ref_k1=logprobs - ref, kl_ref_k3=kl_k3(logprobs, ref))
+                        step_means.add(kl_ref_seq=((logprobs - ref) * mask).sum(1))
+                old, advantage, is_weights = old_logprobs[k], trained_advantages[indices], None  # (n, L), (n,)
                 if args.is_cap:  # the sampling copy is not quite the policy: weigh each token by their ratio
-                    weights = (old - sampled).exp().clamp(max=args.is_cap)  # (n, L)
-                    step_means.add(mask, is_weight=weights)
+                    is_weights = (old - sampled).exp().clamp(max=args.is_cap)  # (n, L)
+                    step_means.add(mask, is_weight=is_weights)
                 outside = ((logprobs - old).exp() - 1).abs() > args.clip_eps
                 epoch_means.add(mask, clip_frac=outside, approx_kl_old=kl_k3(old, logprobs))  # KL(old || policy)
-                loss = grpo_loss(logprobs, old, ref, advantage, mask, args.clip_eps, args.kl_coef, B * G, weights)
+                loss = grpo_loss(logprobs, old, ref, advantage, mask, args.clip_eps, args.kl_coef, B * G, is_weights)
                 if args.entropy_coef:  # averaged like the objective
                     loss = loss - args.entropy_coef * (entropy.sum(1) / mask.sum(1)).sum() / (B * G)
                 run.backward(loss)
@@ -1240,13 +1250,16 @@ def prepare_model(model, device: torch.device, gradient_checkpointing: bool):
 
 
 def sampling_copy(model, device: torch.device, args: "Args | None" = None):
-    """What rollouts run on: an unsharded copy, in bfloat16 on CUDA; the model itself where that will do."""
+    """What rollouts run on: an unsharded copy, in bfloat16 on CUDA; the model itself where that will do.
+
+    With --compile its norms and MLPs are compiled; not its attention, whose cache is another in each layer.
+    """
     if device.type != "cuda" and WORLD_SIZE == 1 and not (args and args.compile):
         return model
     sampler = copy.deepcopy(model).requires_grad_(False).eval()
     sampler.compiles = bool(args and args.compile)  # read by `generate`
     for module in sampler.modules() if sampler.compiles else ():
-        if type(module).__name__.endswith(("RMSNorm", "MLP")):  # not attention, whose cache is another in each layer
+        if type(module).__name__.endswith(("RMSNorm", "MLP")):
             module.compile(dynamic=True)
     for parameter in sampler.parameters():  # and no buffers: rotary frequencies need float32
         parameter.data = parameter.data.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)

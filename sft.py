@@ -322,9 +322,9 @@ def in_forward(function: Callable) -> Callable:
 
 
 @functools.cache
-def compiled(function: Callable, really: bool) -> Callable:
-    """The function, `really` through torch.compile, as one program for all shapes, or as it is."""
-    return torch.compile(function, dynamic=True) if really else function
+def compiled(function: Callable, compiles: bool) -> Callable:
+    """`function` as it is or, if it `compiles`, through torch.compile: one program for all shapes, made once."""
+    return torch.compile(function, dynamic=True) if compiles else function
 
 
 @in_forward
@@ -335,13 +335,13 @@ def token_logprobs(
 
     ids, mask: (N, L), right-padded; results: (N, L) float32, differentiable. The logits are divided by `temperature`.
     No attention mask: under a causal model, right padding is never seen. Only positions with mask 1 go through the
-    output head, a chunk at a time and recomputed in the backward pass, so at most one (chunk, V) block of logits lives.
+    output head, a chunk at a time and recomputed in the backward pass, so the logits of no more than a chunk live.
     Without `with_entropy` the entropy is 0, without `entropy_grad` it has no gradient: both save time. Raises
     ValueError if an action stands at index 0, where nothing precedes it.
     """
     if ids.shape != mask.shape or mask[:, 0].any():
         raise ValueError(f"ids {ids.shape} and mask {mask.shape} must agree, and no action may be the first token")
-    n, t = mask.nonzero(as_tuple=True)  # (num_actions,) each; first, as Python waits here for the GPU
+    n, t = mask.nonzero(as_tuple=True)  # (num_actions,) each; Python waits for the GPU here, so before the decoder
     hidden = model.get_decoder()(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # (N, L - 1, D)
     hidden, targets = hidden[n, t - 1], ids[n, t]  # the state before token t decides it
     head, device = model.get_output_embeddings(), ids.device.type
@@ -349,16 +349,16 @@ def token_logprobs(
     if head.bias is not None:  # as one more column
         hidden = torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1)
         weight = torch.cat([weight, head.bias[:, None]], 1)
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device):  # which does not reach into ChunkedHead's backward pass
         hidden = hidden.to(torch.get_autocast_dtype(device))
     options = (temperature, with_entropy, entropy_grad, getattr(model, "compiles", False))  # set by `shard`
-    logprobs, entropy = ChunkedHead.apply(hidden, weight, targets, *options)  # (num_actions,) each
+    logprobs, entropy, _ = ChunkedHead.apply(hidden, weight, targets, *options)  # (num_actions,) each
     zeros = torch.zeros(ids.shape, device=ids.device)
     return zeros.index_put((n, t), logprobs), zeros.index_put((n, t), entropy if entropy_grad else entropy.detach())
 
 
 class ChunkedHead(torch.autograd.Function):
-    """The output head, a chunk of rows at a time: log-probabilities of `targets` and entropies, (2, M) in float32.
+    """The output head: `head_logprobs` of all rows, (3, M), a chunk at a time.
 
     hidden: (M, D), in the number format to compute in; weight: (V, D), in that of its gradient. Nothing of size M * V
     is kept: the backward pass computes the logits anew.
@@ -369,49 +369,55 @@ class ChunkedHead(torch.autograd.Function):
         num_logits = 2**24  # in a chunk: 64 MiB in float32
         if hidden.is_cuda:  # more, or the GPU would wait for Python; compiled, they exist in bfloat16 alone
             num_logits = 2**29 if compiles else 2**27
-        ctx.chunk, of_chunk = max(1, num_logits // len(weight)), compiled(head_logprobs, compiles)
-        matrix, chunks = weight.to(hidden.dtype), zip(hidden.split(ctx.chunk), targets.split(ctx.chunk))
-        results = torch.cat([of_chunk(h, matrix, y, temperature, with_entropy) for h, y in chunks], 1)
-        ctx.save_for_backward(hidden, weight, targets, results)
+        ctx.chunk = max(1, num_logits // len(weight))  # rows at a time
+        of_chunk, matrix = compiled(head_logprobs, compiles), weight.to(hidden.dtype)
+        chunks = zip(hidden.split(ctx.chunk), targets.split(ctx.chunk))
+        outputs = torch.cat([of_chunk(h, matrix, y, temperature, with_entropy) for h, y in chunks], 1)
+        ctx.save_for_backward(hidden, weight, targets, outputs)
         ctx.compiles, ctx.options = compiles, (temperature, with_entropy and entropy_grad)
-        return results
+        return outputs
 
     @staticmethod
-    def backward(ctx, grads):
-        hidden, weight, targets, results = ctx.saved_tensors
+    def backward(ctx, grad_outputs):
+        hidden, weight, targets, outputs = ctx.saved_tensors
         matrix, of_chunk = weight.to(hidden.dtype), compiled(head_gradient, ctx.compiles)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         for start in range(0, len(hidden), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            grad_logits = of_chunk(hidden[rows], matrix, targets[rows], results[:, rows], grads[:, rows], *ctx.options)
+            of_rows = (targets[rows], outputs[:, rows], grad_outputs[:, rows])
+            grad_logits = of_chunk(hidden[rows], matrix, *of_rows, *ctx.options)
             grad_hidden[rows] = grad_logits @ matrix
             grad_weight += grad_logits.T @ hidden[rows]
         return grad_hidden, grad_weight, *[None] * 5
 
 
 def head_logprobs(hidden, weight, targets, temperature: float, with_entropy: bool) -> Tensor:
-    """Log-probabilities of targets (m,) and entropies, (2, m) in float32; without `with_entropy` those are 0."""
+    """Log-probabilities of targets (m,), entropies (0 without `with_entropy`) and normalisers, (3, m) in float32."""
     logits = hidden @ weight.T  # (m, V)
     logits = logits if temperature == 1 else logits.float() / temperature  # at 1 no float32 copy
-    logprobs = logits.log_softmax(-1, dtype=torch.float32)
-    chosen = logprobs.gather(1, targets[:, None])[:, 0]
-    entropy = -(logprobs.exp() * logprobs).sum(-1) if with_entropy else torch.zeros_like(chosen)
-    return torch.stack([chosen, entropy])
+    log_p = logits.log_softmax(-1, dtype=torch.float32)
+    chosen, logit = (x.gather(1, targets[:, None])[:, 0] for x in (log_p, logits))
+    entropy = -(log_p.exp() * log_p).sum(-1) if with_entropy else torch.zeros_like(chosen)
+    return torch.stack([chosen, entropy, logit - chosen])
 
 
-def head_gradient(hidden, weight, targets, results, grads, temperature: float, entropy_grad: bool) -> Tensor:
-    """The gradient by the logits z, (m, V), from the results of `head_logprobs` and the gradient by them, (2, m) each.
+def head_gradient(hidden, weight, targets, outputs, grad_outputs, temperature: float, entropy_grad: bool) -> Tensor:
+    """The gradient by the logits z, (m, V), from what `head_logprobs` returned and the gradient by that, (3, m) each.
 
     With p = softmax(z / T): T * dlog p[y] / dz = onehot(y) - p, and T * dH / dz = -p * (log p + H).
     """
-    (logprobs, entropy), (grad_logprobs, grad_entropy), y = results[..., None], grads[..., None], targets[:, None]
+    _, entropy, normaliser = outputs[..., None]  # (m, 1) each
+    grad_chosen, grad_entropy, _ = grad_outputs[..., None] / -temperature  # with the minus of -p
+
+    def of_p(log_p):  # the gradient without onehot(y)
+        factor = grad_chosen + grad_entropy * (log_p + entropy) if entropy_grad else grad_chosen
+        return log_p.exp_().mul_(factor)
+
     logits = hidden @ weight.T
     logits = logits if temperature == 1 else logits.float() / temperature
-    log_p = logits - (logits.gather(1, y) - logprobs)  # log-softmax, whose normaliser is known; float32
-    factor = grad_logprobs + grad_entropy * (log_p + entropy) if entropy_grad else grad_logprobs  # (m, V) or (m, 1)
-    gradient = log_p.exp_().mul_(factor / -temperature)
-    of_targets = gradient.gather(1, y) + grad_logprobs / temperature  # before what follows rounds to bfloat16
-    return gradient.to(weight.dtype).scatter_(1, y, of_targets.to(weight.dtype))
+    gradient = of_p(logits - normaliser).to(weight.dtype)  # computed in float32
+    of_targets = of_p(logits.gather(1, targets[:, None]) - normaliser) - grad_chosen  # before bfloat16 rounds it away
+    return gradient.scatter_(1, targets[:, None], of_targets.to(weight.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -448,22 +454,22 @@ def exact_match(completion: str, answer: str) -> float:
 class Decoder:
     """The rows that are being sampled: their KV cache, the columns each row sees, the position of its last token."""
 
-    def __init__(self, model, cache, seen: Tensor, position: Tensor):
-        self.model, self.cache, self.seen, self.position = model, cache, seen, position
+    def __init__(self, model, cache, attention_mask: Tensor, position: Tensor):
+        self.model, self.cache, self.attention_mask, self.position = model, cache, attention_mask, position
 
     def keep(self, rows: Tensor):
         """Goes on with these rows alone."""
         self.cache.batch_select_indices(rows)
-        self.seen, self.position = self.seen[rows], self.position[rows]
+        self.attention_mask, self.position = self.attention_mask[rows], self.position[rows]
 
     def step(self, token: Tensor) -> Tensor:
         """Reads the next token of each row, (rows, 1), and returns the logits of the one after it, (rows, 1, V)."""
-        self.seen = torch.cat([self.seen, self.seen.new_ones(len(token), 1)], 1)
+        self.attention_mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(len(token), 1)], 1)
         self.position = self.position + 1
         return self.forward(token)
 
     def forward(self, token: Tensor) -> Tensor:
-        options = {"attention_mask": self.seen, "position_ids": self.position, "past_key_values": self.cache}
+        options = {"attention_mask": self.attention_mask, "position_ids": self.position, "past_key_values": self.cache}
         return self.model(input_ids=token, use_cache=True, **options).logits
 
 
@@ -472,15 +478,15 @@ class GraphDecoder(Decoder):
 
     A graph works on the same addresses each time. So the cache has room for columns to come, and a mask tells those in
     use. When the room is full, or rows leave, a new cache is made and a new graph recorded. The result of `step` is
-    overwritten by the next one. `seen` is what is added to the scores here: 0 is seen, -inf is not.
+    overwritten by the next one. The mask is what is added to the scores here: 0 is seen, -inf is not.
     """
 
-    def __init__(self, model, cache, seen: Tensor, position: Tensor, max_new_tokens: int):
-        self.used = seen.shape[1]  # columns filled so far; the cache counts them too, on the device
+    def __init__(self, model, cache, attention_mask: Tensor, position: Tensor, max_new_tokens: int):
+        self.used = attention_mask.shape[1]  # columns filled so far; the cache counts them too, on the device
         self.end = self.used + max_new_tokens
-        mask = torch.zeros_like(seen, dtype=model.dtype).masked_fill(seen == 0, -math.inf)
+        mask = torch.zeros_like(attention_mask, dtype=model.dtype).masked_fill(attention_mask == 0, -math.inf)
         super().__init__(model, cache, mask[:, None, None], position)  # (rows, 1, 1, columns)
-        self.keep(slice(None))
+        self.keep(slice(None))  # all rows, now in a cache with room
 
     def keep(self, rows: Tensor | slice):
         """Goes on with these rows, in a new cache: room for twice what is used, or for all if that is little more."""
@@ -491,15 +497,16 @@ class GraphDecoder(Decoder):
         for k, layer in enumerate(self.cache.layers):
             cache.update(layer.keys[rows, :, : self.used], layer.values[rows, :, : self.used], k)
             layer.keys = layer.values = None  # freed
-        self.cache, self.position, seen = cache, self.position[rows], self.seen[rows, ..., : self.used]
-        self.seen = torch.nn.functional.pad(seen, (0, room - self.used), value=-math.inf)
+        self.cache, self.position = cache, self.position[rows]
+        mask = self.attention_mask[rows, ..., : self.used]
+        self.attention_mask = torch.nn.functional.pad(mask, (0, room - self.used), value=-math.inf)
         self.token, self.graph = torch.zeros_like(self.position), None
 
     def step(self, token: Tensor) -> Tensor:
-        if self.used == self.seen.shape[-1]:
-            self.keep(slice(None))
+        if self.used == self.attention_mask.shape[-1]:
+            self.keep(slice(None))  # all rows, in a larger cache
         self.token.copy_(token)
-        self.seen[..., self.used] = 0
+        self.attention_mask[..., self.used] = 0
         self.position += 1
         self.used += 1
         if self.graph is not None:
@@ -521,29 +528,30 @@ class GraphDecoder(Decoder):
 def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     """The first token whose cumulative probability exceeds the draw: (rows, 1), from (rows, V) and (rows, 1).
 
-    A large vocabulary in two stages, blocks of tokens and then those of one block, so that it is read but once. Where
-    probabilities are NaN, so is their logarithm, and any token will do.
+    A large vocabulary goes in two stages, blocks of tokens and then those of one block, so that it is read but once. Of
+    NaN probabilities any token is drawn: its log-probability, NaN too, shows it.
     """
-    last, precise = probs.shape[1] - 1, uniforms.dtype
-    below_1 = 1 - torch.finfo(precise).eps  # keeps a draw below the sum, so that some cumulative probability exceeds it
+    last, dtype = probs.shape[1] - 1, uniforms.dtype
+    below_1 = 1 - torch.finfo(dtype).eps  # keeps a draw below the sum, so that some cumulative probability exceeds it
     if last < 1024:
-        cdf = probs.cumsum(-1, dtype=precise)
+        cdf = probs.cumsum(-1, dtype=dtype)
         return torch.searchsorted(cdf, uniforms.clamp(max=below_1) * cdf[:, -1:], right=True).clamp(max=last)
     if probs.shape[1] % 64:  # blocks need a common size
         probs = torch.nn.functional.pad(probs, (0, -probs.shape[1] % 64))
-    size = math.gcd(probs.shape[1], 512)
+    size = next(x for x in (512, 256, 128, 64) if probs.shape[1] % x == 0)
     blocks = probs.unflatten(1, (-1, size))  # (rows, V / size, size)
-    cdf = torch.nn.functional.pad(blocks.sum(-1).cumsum(-1, dtype=precise), (1, 0))
+    cdf = torch.nn.functional.pad(blocks.sum(-1).cumsum(-1, dtype=dtype), (1, 0))
     draw = uniforms.clamp(max=below_1) * cdf[:, -1:]
     block = torch.searchsorted(cdf, draw, right=True) - 1  # (rows, 1)
     draw = draw - cdf.gather(1, block)  # what is left of it for the block
-    cdf = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1, dtype=precise)  # (rows, size)
+    chosen = blocks.gather(1, block[..., None].expand(-1, -1, size))[:, 0]  # (rows, size)
+    cdf = chosen.cumsum(-1, dtype=dtype)
     token = torch.searchsorted(cdf, torch.minimum(draw, below_1 * cdf[:, -1:]), right=True)
     return (block * size + token).clamp(max=last)
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The next token of each row, (rows, 1), and its log-probability, (rows,), from (rows, V): see `generate`."""
+    """The next token of each row, (rows, 1), and its log-probability, (rows,), from logits, (rows, V)."""
     scaled = logits if temperature in (0, 1) else logits.float() / temperature
     logprobs = scaled.log_softmax(-1, dtype=torch.float32)
     token = inverse_cdf(logprobs.exp(), uniforms) if temperature else logprobs.argmax(-1, keepdim=True)
@@ -557,11 +565,11 @@ def generate(
     """Samples `num_samples` completions of each prompt: ids and their log-probabilities, prompt-major, B*G of each.
 
     prompts: B lists of ids. uniforms: (B*G, max_new_tokens) in [0, 1): row i draws token t from uniforms[i, t] by
-    inverse CDF of softmax(logits / temperature), so but for rounding its neighbours do not matter, nor does chunking.
+    inverse CDF of softmax(logits / temperature): but for rounding, neither its neighbours nor chunking matter.
     Temperature 0 is greedy, with log-probabilities at temperature 1. A completion ends with the first of `eos_ids`,
     which it keeps, or at `max_new_tokens`. Nothing of the model's generation config applies. graphs: see GraphDecoder.
 
-        prefill, once per prompt     decode, one row per sample; finished rows leave the batch (graphs: by halves)
+        prefill, once per prompt     decode, one row per sample; finished rows leave (graphs: late, and by halves)
         [pad pad p0 p1] | .          left padding here alone: every row's next token has the same column
         [p0  p1  p2 p3] | .
     """
@@ -597,9 +605,8 @@ def generate(
             left = (~ended).nonzero()[:, 0]
             if not len(left):
                 break
-            # ended rows leave at once; with graphs, of which each size is recorded, by halves while there are over 32
-            most = len(batch) - 1 if not graphs else len(batch) // 2 if len(batch) > 32 else 0
-            if len(left) <= most:
+            # ended rows leave at once; a graph is recorded anew for each size, so there only once half of over 32 ended
+            if (len(batch) > 32 and len(left) <= len(batch) // 2) if graphs else len(left) < len(batch):
                 decoder.keep(left)
                 batch, token, ended = batch[left], token[left], ended[left]
         logits = decoder.step(token)
@@ -642,7 +649,8 @@ def rollout(sampler, prompts, num_samples, temperature, eos_ids, uniforms, args)
     if WORLD_SIZE > 1:
         shares = [None] * WORLD_SIZE
         dist.all_gather_object(shares, found)
-    return tuple(list(itertools.chain(*column)) for column in zip(*itertools.chain(*shares)))
+    completions, logprobs = zip(*itertools.chain(*shares))  # of all chunks, in the order of the prompts
+    return list(itertools.chain(*completions)), list(itertools.chain(*logprobs))
 
 
 def decode(tokenizer, completions: list[list[int]], eos_ids: list[int]) -> list[str]:
@@ -972,13 +980,16 @@ def prepare_model(model, device: torch.device, gradient_checkpointing: bool):
 
 
 def sampling_copy(model, device: torch.device, args: "Args | None" = None):
-    """What rollouts run on: an unsharded copy, in bfloat16 on CUDA; the model itself where that will do."""
+    """What rollouts run on: an unsharded copy, in bfloat16 on CUDA; the model itself where that will do.
+
+    With --compile its norms and MLPs are compiled; not its attention, whose cache is another in each layer.
+    """
     if device.type != "cuda" and WORLD_SIZE == 1 and not (args and args.compile):
         return model
     sampler = copy.deepcopy(model).requires_grad_(False).eval()
     sampler.compiles = bool(args and args.compile)  # read by `generate`
     for module in sampler.modules() if sampler.compiles else ():
-        if type(module).__name__.endswith(("RMSNorm", "MLP")):  # not attention, whose cache is another in each layer
+        if type(module).__name__.endswith(("RMSNorm", "MLP")):
             module.compile(dynamic=True)
     for parameter in sampler.parameters():  # and no buffers: rotary frequencies need float32
         parameter.data = parameter.data.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)

@@ -122,6 +122,19 @@ def test_an_entropy_without_gradient_leaves_values_and_the_other_gradient_as_the
     assert_equal_gradients(gradient_of((weights * same_logprobs + same_entropy).sum(), model), alone)
 
 
+def test_without_entropy_the_log_probabilities_and_their_gradient_are_the_same():
+    """With `with_entropy` off, entropy is 0 and has no gradient, whatever `entropy_grad` says."""
+    model = random_model("qwen3")
+    ids, mask, _ = ragged_batch()
+    weights = weights_of(mask, 1)
+    logprobs, _ = grpo.token_logprobs(model, ids, mask, 0.7, entropy_grad=False)
+    alone = gradient_of((weights * logprobs).sum(), model)
+    for entropy_grad in (True, False):
+        same, entropy = grpo.token_logprobs(model, ids, mask, 0.7, with_entropy=False, entropy_grad=entropy_grad)
+        assert torch.equal(same, logprobs) and not entropy.any()
+        assert_equal_gradients(gradient_of((weights * same + entropy).sum(), model), alone)
+
+
 def test_temperature_changes_the_logprobs():
     """Dividing the logits is not the same as dividing the log-probabilities: the results are normalised anew."""
     model = random_model("qwen3")
@@ -189,23 +202,23 @@ def test_gradient_by_the_logits_worked_by_hand():
     """
     ln2, T = 0.6931472, 0.5
     hidden, weight, targets = torch.ones(1, 1), torch.tensor([[T * ln2], [0.0], [0.0]]), torch.tensor([0])
-    results = grpo.head_logprobs(hidden, weight, targets, T, True)
-    assert torch.allclose(results, torch.tensor([[-ln2], [1.5 * ln2]]))
+    outputs = grpo.head_logprobs(hidden, weight, targets, T, True)
+    assert torch.allclose(outputs, torch.tensor([[-ln2], [1.5 * ln2], [2 * ln2]]))  # log (2 + 1 + 1) = 2 ln 2
     for grads, entropy_grad, expected in (
-        ([[1.0], [0.0]], False, [1.0, -0.5, -0.5]),
-        ([[-3.0], [7.0]], False, [-3.0, 1.5, 1.5]),
-        ([[0.0], [1.0]], True, [-0.5 * ln2, 0.25 * ln2, 0.25 * ln2]),
-        ([[2.0], [-4.0]], True, [2 + 2 * ln2, -1 - ln2, -1 - ln2]),
+        ([[1.0], [0.0], [0.0]], False, [1.0, -0.5, -0.5]),
+        ([[-3.0], [7.0], [0.0]], False, [-3.0, 1.5, 1.5]),
+        ([[0.0], [1.0], [0.0]], True, [-0.5 * ln2, 0.25 * ln2, 0.25 * ln2]),
+        ([[2.0], [-4.0], [0.0]], True, [2 + 2 * ln2, -1 - ln2, -1 - ln2]),
     ):
-        gradient = grpo.head_gradient(hidden, weight, targets, results, torch.tensor(grads), T, entropy_grad)
+        gradient = grpo.head_gradient(hidden, weight, targets, outputs, torch.tensor(grads), T, entropy_grad)
         assert torch.allclose(gradient, torch.tensor([expected]), atol=1e-6)
 
 
 def test_in_bfloat16_the_gradient_of_a_likely_token_does_not_drown_in_rounding():
     """z = (8, 0): 1 - p = 1 / (1 + e^8) = 3.3535e-4, which bfloat16 holds to 0.4 %, but not as 1 less 0.99966."""
     hidden, weight, targets = torch.ones(1, 1).bfloat16(), torch.tensor([[8.0], [0.0]]).bfloat16(), torch.tensor([0])
-    results = grpo.head_logprobs(hidden, weight, targets, 1.0, False)
-    gradient = grpo.head_gradient(hidden, weight, targets, results, torch.tensor([[1.0], [0.0]]), 1.0, False)
+    outputs = grpo.head_logprobs(hidden, weight, targets, 1.0, False)
+    gradient = grpo.head_gradient(hidden, weight, targets, outputs, torch.tensor([[1.0], [0.0], [0.0]]), 1.0, False)
     assert gradient.dtype == torch.bfloat16
     assert gradient.float()[0].tolist() == pytest.approx([3.3535e-4, -3.3535e-4], rel=4e-3)
 
@@ -225,9 +238,14 @@ def test_a_head_with_a_bias():
     assert_equal_gradients(gradient, gradient_of((w * expected + expected_entropy).sum(), model))
 
 
-def test_under_autocast_the_head_computes_in_bfloat16_and_gradients_stay_in_float32():
+def test_under_autocast_the_head_computes_in_bfloat16_and_gradients_stay_in_float32(monkeypatch):
     """As on CUDA: values to the three digits of bfloat16, gradients to 4 % of their norm."""
-    model = random_model("qwen3")
+    model, formats = random_model("qwen3"), []
+    for name in ("head_logprobs", "head_gradient"):
+        function = getattr(grpo, name)
+        monkeypatch.setattr(
+            grpo, name, lambda h, w, *x, f=function: (formats.append((h.dtype, w.dtype)), f(h, w, *x))[1]
+        )
     ids, mask, _ = ragged_batch()
     exact, _ = grpo.token_logprobs(model, ids, mask)
     expected = gradient_of(exact.sum(), model)
@@ -237,6 +255,7 @@ def test_under_autocast_the_head_computes_in_bfloat16_and_gradients_stay_in_floa
     assert torch.allclose(logprobs, exact, atol=0.05)
     assert_equal_gradients(gradient_of(logprobs.sum(), model), expected, tolerance=0.04)
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+    assert formats == [(torch.float32,) * 2] * 2 + [(torch.bfloat16,) * 2] * 2
 
 
 class LargestLogits(TorchDispatchMode):
@@ -315,12 +334,10 @@ def test_gradient_checkpointing_changes_neither_values_nor_gradients():
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler here")
 def test_compile_changes_neither_values_nor_gradients():
-    """Batches of several shapes through one program for all layers; the copy that samples has its norms, its MLPs and
-    the draw compiled, and draws the same tokens in batches that shrink."""
+    """Batches of several shapes through one program for all layers, one for the head and one for its gradient."""
     plain = grpo.prepare_model(random_model("qwen3"), CPU, False)
     model = grpo.prepare_model(random_model("qwen3"), CPU, False)
-    args = grpo.Args(compile=True)
-    sampler, model = grpo.sampling_copy(model, CPU, args), grpo.shard(model, CPU, args)
+    model = grpo.shard(model, CPU, grpo.Args(compile=True))
     torch._dynamo.utils.counters.clear()
     for rows, width in ((5, 12), (3, 9), (7, 20), (5, 12)):  # never 32 actions: one program more if it equals a width
         generator = torch.Generator().manual_seed(width)
@@ -334,18 +351,27 @@ def test_compile_changes_neither_values_nor_gradients():
         assert_equal_gradients(results[1][1], results[0][1])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # layers, head, its gradient
     assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("vocabulary", [VOCAB, 1100])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_compile_changes_no_sample(vocabulary, graphs):
+    """The copy that samples has its norms, MLPs and the draw compiled, the draw as one program for all numbers of rows,
+    with many words too, which are drawn in two stages."""
     torch.compiler.reset()
+    model, programs = grpo.prepare_model(random_model("qwen3", vocab_size=vocabulary), CPU, False), []
+    sampler = grpo.sampling_copy(model, CPU, grpo.Args(compile=True))
     torch._dynamo.utils.counters.clear()
-    programs, stats = [], torch._dynamo.utils.counters["stats"]
-    for temperature, count in ((0.0, 6), (1.0, 6), (0.0, 7), (1.0, 9)):
-        draws = torch.rand(2 * count, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        asked = ([[5, 6, 7], [8]], count, 8, temperature, [1, 2, 3, 4], draws)
-        (expected, expected_logprobs), (tokens, logprobs) = (grpo.generate(x, *asked) for x in (plain, sampler))
+    for temperature, count in ((0.0, 6), (1.0, 6), (0.0, 7), (1.0, 9), (1.0, 20)):
+        draws = torch.rand(2 * count, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        asked = ([[5, 6, 7], [8]], count, 20, temperature, list(range(1, vocabulary // 8)), draws, graphs)
+        (expected, expected_logprobs), (tokens, logprobs) = (grpo.generate(x, *asked) for x in (model, sampler))
         assert tokens == expected and len(set(map(len, tokens))) > 1
         for a, b in zip(logprobs, expected_logprobs):
             assert torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-5)
-        programs.append(stats["unique_graphs"])
-    assert 0 < programs[0] < programs[1] == programs[2] == programs[3]  # other numbers of rows need no other programs
+        programs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert 0 < programs[0] < programs[1] == programs[2] == programs[3] == programs[4]
 
 
 ODD_HEADS = {

@@ -13,8 +13,8 @@ TOP_LEVEL = [name for name in SCRIPTS if "/" not in name]
 VARIANTS = [name for name in SCRIPTS if "/" in name]
 PLUMBING = f"# {'-' * 108} plumbing"
 # Most lines from the header to the end of main, and of the plumbing below it. Caps, not targets.
-BUDGETS = {"sft.py": 761, "rm.py": 540, "dpo.py": 952, "grpo.py": 1029, "ppo.py": 1208}
-PLUMBING_BUDGET = 620
+BUDGETS = {"sft.py": 769, "rm.py": 540, "dpo.py": 960, "grpo.py": 1039, "ppo.py": 1216}
+PLUMBING_BUDGET = 623
 
 
 def fields(source: str) -> dict[str, tuple[str, str]]:

@@ -247,7 +247,7 @@ def test_two_ranks_give_the_run_of_one(name, data, tmp_path):
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler here")
 def test_two_ranks_that_compile_give_the_run_of_one_that_does_not(data, tmp_path):
-    """Layers are compiled first and sharded then; the copy that samples is neither."""
+    """Layers are compiled first and sharded then; of the copy that samples, which is whole, norms and MLPs are."""
     one, two = tmp_path / "one", tmp_path / "two"
     run_here("sft", settings("sft", data, one, steps=2))
     printed = run("sft", 2, settings("sft", data, two, steps=2, compile=True))

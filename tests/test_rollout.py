@@ -473,7 +473,7 @@ def recorded(monkeypatch):
 
     def record(decoder):
         token = decoder.token
-        frozen = grpo.Decoder(decoder.model, decoder.cache, decoder.seen, decoder.position)
+        frozen = grpo.Decoder(decoder.model, decoder.cache, decoder.attention_mask, decoder.position)
         decoder.graph = Recorded()
         decoder.graph.step = lambda: frozen.forward(token)
         decoder.graph.logits = decoder.logits = torch.full((len(token), 1, decoder.model.config.vocab_size), math.nan)
@@ -486,13 +486,16 @@ def recorded(monkeypatch):
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
 @pytest.mark.parametrize("with_graph", [False, True])
 def test_fixed_shapes_change_nothing(family, temperature, with_graph, request):
-    """A cache with room for all columns, and rows that stay behind their end: the same completions."""
+    """A cache with room for columns to come, rows that stay behind their end, and a batch that shrinks late: the same
+    completions."""
     if with_graph:
         request.getfixturevalue("recorded")
-    model, uniforms, eos_ids = random_model(family), draws(200, 12), [1, 7, 9, 30, 31, 32, 33]
-    expected, expected_logprobs = grpo.generate(model, PROMPTS, 40, 12, temperature, eos_ids, uniforms)
-    completions, logprobs = grpo.generate(model, PROMPTS, 40, 12, temperature, eos_ids, uniforms, graphs=True)
+    model, uniforms, eos_ids, rows = random_model(family), draws(200, 40), [1, 7, 9, 30, 31, 32, 33], []
+    expected, expected_logprobs = grpo.generate(model, PROMPTS, 40, 40, temperature, eos_ids, uniforms)
+    count_rows(model, rows)
+    completions, logprobs = grpo.generate(model, PROMPTS, 40, 40, temperature, eos_ids, uniforms, graphs=True)
     assert completions == expected and close(logprobs, expected_logprobs)
+    assert temperature == 0 or rows[1] == 200 > rows[-1] > 1  # some left together; the first pass is the prefill
     assert len({len(completion) for completion in expected}) > 1  # they end at different steps
     assert (Recorded.replays > 0) == with_graph
 
@@ -500,11 +503,12 @@ def test_fixed_shapes_change_nothing(family, temperature, with_graph, request):
 def test_with_graphs_the_batch_shrinks_when_half_of_it_has_ended():
     """The rows of each step: always the first number, or, looked at every 16th step, at most half of the one before,
     until 32 are left; without graphs, one by one. A batch that has ended is noticed then too."""
-    model, uniforms = random_model(max_position_embeddings=256), draws(200, 160)
+    model, uniforms, found = random_model(max_position_embeddings=256), draws(200, 160), []
     for graphs, eos_ids in ((True, [3]), (False, [3]), (True, list(range(1, 40)))):
         rows = []
         count_rows(model, rows)
         completions, _ = grpo.generate(model, PROMPTS, 40, 160, 1.0, eos_ids, uniforms, graphs=graphs)
+        found.append(completions)
         left = [sum(len(x) > t for x in completions) for t in range(1, 160)]
         size, expected = 200, []
         for t, unfinished in enumerate(left):
@@ -519,6 +523,7 @@ def test_with_graphs_the_batch_shrinks_when_half_of_it_has_ended():
             assert len(set(expected)) > 2 and min(expected) <= 32
         else:
             assert max(map(len, completions)) <= 16 and expected == [200] * 15
+    assert found[0] == found[1]
 
 
 def test_with_graphs_the_cache_grows(monkeypatch, recorded):
@@ -526,7 +531,9 @@ def test_with_graphs_the_cache_grows(monkeypatch, recorded):
     model, uniforms, columns = random_model(max_position_embeddings=1024), draws(10, 700), []
     step = grpo.GraphDecoder.step
     monkeypatch.setattr(
-        grpo.GraphDecoder, "step", lambda self, token: (step(self, token), columns.append(self.seen.shape[-1]))[0]
+        grpo.GraphDecoder,
+        "step",
+        lambda self, token: (step(self, token), columns.append(self.attention_mask.shape[-1]))[0],
     )
     completions, logprobs = grpo.generate(model, PROMPTS, 2, 700, 1.0, [], uniforms, graphs=True)
     assert columns == [256] * (256 - 9) + [512] * 256 + [768] * (9 + 699 - 512)
