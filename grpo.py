@@ -983,9 +983,9 @@ def main(args: Args) -> dict[str, float]:
                     old_logprobs.append(logprobs.detach())
                     step_means.add(mask, entropy=entropy, sampling_gap_mean=gap)
                     largest_gap = torch.maximum(largest_gap, (gap * mask).max())
-                    if reference is not None:
-                        step_means.add(mask, kl_ref_k1=logprobs - ref, kl_ref_k3=kl_k3(logprobs, ref))
-                        step_means.add(kl_ref_seq=((logprobs - ref) * mask).sum(1))
+                if epoch == 0 and reference is not None:
+                    step_means.add(mask, kl_ref_k1=logprobs - ref, kl_ref_k3=kl_k3(logprobs, ref))
+                    step_means.add(kl_ref_seq=((logprobs - ref) * mask).sum(1))
                 old, advantage, is_weights = old_logprobs[k], trained_advantages[indices], None  # (n, L), (n,)
                 if args.is_cap:  # the sampling copy is not quite the policy: weigh each token by their ratio
                     is_weights = (old - sampled).exp().clamp(max=args.is_cap)  # (n, L)

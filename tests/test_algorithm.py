@@ -399,7 +399,12 @@ def test_weights_scale_the_objective_of_each_token_but_not_its_kl():
     -3 each, (-6 - 1.5) / 2 = -3.75, and its gradient in the log-probabilities is that over 2 at each token."""
     mask, weights = torch.ones(1, 2), torch.tensor([[2.0, 0.5]])
     logprobs = torch.full((1, 2), math.log(0.3), requires_grad=True)
-    case = {"logprobs": logprobs, "old_logprobs": torch.full((1, 2), math.log(0.2)), "mask": mask, "weights": weights}
+    case = {
+        "logprobs": logprobs,
+        "old_logprobs": torch.full((1, 2), math.log(0.2)),
+        "mask": mask,
+        "is_weights": weights,
+    }
     case |= {"ref_logprobs": torch.full((1, 2), math.log(0.6)), "clip_eps": 0.2, "num_sequences": 1}
     loss = grpo.grpo_loss(**case, advantages=torch.tensor([2.0]), kl_coef=0.1)
     assert loss.item() == pytest.approx(-3 + 0.1 * (1 - math.log(2)), rel=1e-5)
