@@ -854,7 +854,7 @@ def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     blocks = probs.unflatten(1, (-1, size))  # (rows, V / size, size)
     cdf = torch.nn.functional.pad(blocks.sum(-1).cumsum(-1, dtype=dtype), (1, 0))
     draw = uniforms.clamp(max=below_1) * cdf[:, -1:]
-    block = torch.searchsorted(cdf, draw, right=True) - 1  # (rows, 1)
+    block = (torch.searchsorted(cdf, draw, right=True) - 1).clamp(max=blocks.shape[1] - 1)  # (rows, 1); beyond if NaN
     draw = draw - cdf.gather(1, block)  # what is left of it for the block
     chosen = blocks.gather(1, block[..., None].expand(-1, -1, size))[:, 0]  # (rows, size)
     cdf = chosen.cumsum(-1, dtype=dtype)
