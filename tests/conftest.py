@@ -1,46 +1,51 @@
-"""Fixtures that several test files share. One SFT model is trained per session; runs are shrunken and on the CPU."""
+"""What several test files share: small models and tokenizers, and one model that sft.py has trained."""
 
 import os
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # bit-exactness and tolerances are claims about the CPU
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on the network
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # equal bits and narrow tolerances are claims about the CPU
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may depend on the network
 
-import sys
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import dpo
+import grpo
+import ppo
+import rm
+import sft
 
-import sft  # noqa: E402
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    """The byte-level tokenizer of the tiny model."""
-    return sft.tiny_tokenizer()
+SCRIPTS = {"sft": sft, "rm": rm, "dpo": dpo, "grpo": grpo, "ppo": ppo}
+DATA = Path(__file__).parent / "data"
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory):
-    """A folder with the tiny model, random weights, and its tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny")
-    sft.tiny_model(0).save_pretrained(folder)
-    sft.tiny_tokenizer().save_pretrained(folder)
+def save_tiny(folder, seed=0, **config):
+    """The tiny model with random weights, changed as `config` says, and its tokenizer, in a folder."""
+    tokenizer, model = sft.tiny(seed)
+    if config:
+        torch.manual_seed(seed)
+        model = type(model)(type(model.config)(**(model.config.to_dict() | {"layer_types": None} | config)))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 
-@pytest.fixture
-def tiny_model():
-    """The tiny model with random weights, ready to train."""
-    return sft.prepare_model(sft.tiny_model(0), torch.device("cpu"), False)
+def write_rows(path, rows):
+    """Rows as a .jsonl file."""
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a model of two narrow layers and random weights, and its tokenizer of bytes."""
+    return save_tiny(tmp_path_factory.mktemp("tiny"), hidden_size=64, intermediate_size=128, num_hidden_layers=2)
 
 
 @pytest.fixture(scope="session")
 def sft_run(tmp_path_factory):
-    """A shrunken run of sft.py: (folder, final metrics). About 50 s; it solves some of the task, not all."""
-    folder = tmp_path_factory.mktemp("runs") / "sft"
-    metrics = sft.main(sft.Args(out=str(folder), steps=500, eval_size=200, eval_every=1000, save_every=1000))
-    return str(folder), metrics
+    """A short run of sft.py on the built-in task, which solves some of it: the folder and the last metrics."""
+    out = str(tmp_path_factory.mktemp("runs") / "sft")
+    return out, sft.main(sft.Args(out=out, steps=800, eval_size=300, eval_every=0, save_every=0))

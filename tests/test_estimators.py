@@ -5,26 +5,22 @@ samples are: only what stands in the loss is differentiated. Exact gradients com
 """
 
 import itertools
+import math
 
 import pytest
 import torch
 
+import dpo
 import grpo
+import ppo
+import rm
 import sft
 
 V = 3
 SEQUENCES = list(itertools.product(range(V), repeat=2))  # (a, b), 9 of them
-REWARDS = [0.0, 1.0, -0.5, 2.0, 0.25, 0.0, -1.0, 1.5, 3.0]  # one for each sequence, of no particular shape
-MASK = torch.tensor([[0.0, 1.0, 1.0]], dtype=torch.float64)  # index 0 is the prompt
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are tiny: more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+REWARDS = torch.tensor([0.0, 1.0, -0.5, 2.0, 0.25, 0.0, -1.0, 1.5, 3.0], dtype=torch.float64)  # of no particular shape
+MASK = torch.tensor([[0.0, 1.0, 1.0]], dtype=torch.float64)  # column 0 is the prompt
+SEEDS = pytest.mark.parametrize("seed", range(3))
 
 
 def policy(seed, requires_grad=False):
@@ -33,44 +29,47 @@ def policy(seed, requires_grad=False):
     return torch.randn(V + V * V, generator=generator, dtype=torch.float64).requires_grad_(requires_grad)
 
 
-def logprobs_of(theta, sequence):
-    """(1, 3): 0 for the prompt, log pi(a), log pi(b | a)."""
+def logprobs_of(theta):
+    """(9, 3): 0 for the prompt, log pi(a), log pi(b | a)."""
     first, second = theta[:V].log_softmax(0), theta[V:].view(V, V).log_softmax(1)
-    return torch.stack([theta.new_zeros(()), first[sequence[0]], second[sequence]])[None]
+    rows = [torch.stack([theta.new_zeros(()), first[a], second[a, b]]) for a, b in SEQUENCES]
+    return torch.stack(rows)
 
 
 def probabilities(theta):
     """(9,): pi(a) pi(b | a)."""
-    return torch.stack([logprobs_of(theta, sequence).sum().exp() for sequence in SEQUENCES])
+    return logprobs_of(theta).sum(1).exp()
 
 
 def kl(p, q):
-    """sum p log(p / q) of two probability vectors."""
     return (p * (p.log() - q.log())).sum()
 
 
+def kl_by_state(pi, ref, turned=False):
+    """sum over states of KL(pi || ref) there, or turned round, states weighted by how often pi visits them (fixed)."""
+    first, second = pi[:V].softmax(0), pi[V:].view(V, V).softmax(1)
+    ref_first, ref_second = ref[:V].softmax(0), ref[V:].view(V, V).softmax(1)
+    of = (lambda p, q: kl(q, p)) if turned else kl
+    visits = first.detach()
+    return of(first, ref_first) + sum(visits[a] * of(second[a], ref_second[a]) for a in range(V))
+
+
 def gradient(scalar, theta):
-    """d scalar / d theta, (12,)."""
     return torch.autograd.grad(scalar, theta, retain_graph=True)[0]
 
 
-def expectation(theta, of):
-    """sum_y pi(y) of(y) with the weights held fixed; `of` takes the sequence's index and log-probabilities (1, 3)."""
-    weights = probabilities(theta).detach()
-    return sum(w * of(i, logprobs_of(theta, y)) for i, (w, y) in enumerate(zip(weights, SEQUENCES)))
-
-
-def loss_of(
-    logprobs, advantage, ref_logprobs=None, kl_coef=0.0, old_logprobs=None, mask=MASK, clip_eps=0.2, weights=None
-):
-    """grpo_loss of one sequence that is the whole step, on policy unless `old_logprobs` are given."""
-    old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
-    advantages = torch.tensor([advantage], dtype=torch.float64)
-    return grpo.grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, clip_eps, kl_coef, 1, weights)
+def expected_grpo(pi, advantages, ref=None, kl_coef=0.0, old=None, clip_eps=0.2):
+    """E of grpo_loss of single sequences, drawn from `old` (the policy itself unless given). advantages: (9,)."""
+    logprobs = logprobs_of(pi)
+    old_logprobs = logprobs.detach() if old is None else logprobs_of(old)
+    ref_logprobs = torch.zeros(9, 3) if ref is None else logprobs_of(ref)
+    rows = zip(*(x.split(1) for x in (logprobs, old_logprobs, ref_logprobs, advantages)))
+    losses = torch.stack([grpo.grpo_loss(*row, MASK, clip_eps, kl_coef, 1) for row in rows])
+    return (old_logprobs.sum(1).exp() * losses).sum()
 
 
 def close(a, b):
-    return torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+    return torch.allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
 def far(a, b):
@@ -78,202 +77,178 @@ def far(a, b):
     return (a - b).norm() > 0.01 * max(a.norm(), b.norm())
 
 
-# ------------------------------------------------------------------------------------------------- value of k1 and k3
+# ----------------------------------------------------------------------------------------------------------- estimators
 
 
-@pytest.mark.parametrize("seed", range(3))
+@SEEDS
 def test_k1_and_k3_are_unbiased_estimates_of_the_kl(seed):
-    """Summed over a completion, E[log pi - log ref] = E[k3] = KL(pi || ref) over the 9 sequences, not KL(ref || pi).
-
-    k3 adds E[ref/pi - 1] = 0 in each state.
-    """
+    """Summed over a completion, E[log pi - log ref] = E[k3] = KL(pi || ref), not KL(ref || pi)."""
     pi, ref = policy(seed), policy(seed + 100)
     p, q = probabilities(pi), probabilities(ref)
-    k1 = expectation(pi, lambda i, logprobs: (logprobs - logprobs_of(ref, SEQUENCES[i])).sum())
-    k3 = expectation(pi, lambda i, logprobs: grpo.kl_k3(logprobs, logprobs_of(ref, SEQUENCES[i])).sum())
-    assert close(k1, kl(p, q)) and close(k3, kl(p, q))
-    assert far(k3, kl(q, p))
+    k1 = (p * (logprobs_of(pi) - logprobs_of(ref)).sum(1)).sum()
+    k3 = (p * grpo.kl_k3(logprobs_of(pi), logprobs_of(ref)).sum(1)).sum()
+    assert close(k1, kl(p, q)) and close(k3, kl(p, q)) and far(k3, kl(q, p))
 
 
-def test_k3_varies_less_than_k1_near_the_reference():
-    """Near the reference k3 is second order in log pi - log ref and k1 first order: the variance is far smaller."""
-    pi = policy(0)
-    ref = pi + 0.1 * policy(1)
-
-    def variance(estimate):
-        mean = expectation(pi, lambda i, logprobs: estimate(logprobs, logprobs_of(ref, SEQUENCES[i])).sum())
-        return expectation(
-            pi, lambda i, logprobs: (estimate(logprobs, logprobs_of(ref, SEQUENCES[i])).sum() - mean) ** 2
-        )
-
-    assert variance(grpo.kl_k3) < 0.1 * variance(lambda logprobs, ref_logprobs: logprobs - ref_logprobs)
+@SEEDS
+def test_the_gradient_of_k3_in_the_loss_is_that_of_the_other_kl(seed):
+    """d k3 = (1 - ref/pi) d log pi; weighted by pi it is (pi - ref) d log pi = d KL(ref || pi), state by state. The
+    loss is a mean over 2 tokens, hence the 2. It vanishes at the reference."""
+    pi, ref, zero = policy(seed, requires_grad=True), policy(seed + 100), torch.zeros(9, dtype=torch.float64)
+    found = 2 * gradient(expected_grpo(pi, zero, ref, 1.0), pi)
+    assert close(found, gradient(kl_by_state(pi, ref, turned=True), pi))
+    assert far(found, gradient(kl_by_state(pi, ref), pi))
+    assert gradient(expected_grpo(pi, zero, pi.detach(), 1.0), pi).norm() < 1e-12
 
 
-# ----------------------------------------------------------------------------------------------- gradient of k1 and k3
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_gradient_of_k3_in_the_loss_is_that_of_the_other_kl(seed):
-    """E[grad k3] = grad KL(ref || pi) in each state, states weighted by how often the policy visits them.
-
-    k3 differentiates to (1 - ref/pi) grad log pi; weighted by pi it is (pi - ref) grad log pi, and sum pi grad log pi
-    is 0. The loss averages over the 2 tokens, so its gradient is half of that. It is not that of KL(pi || ref).
-    """
+@SEEDS
+def test_k1_acts_in_the_reward_and_not_in_the_loss(seed):
+    """Differentiated in the loss its expected gradient is sum d pi = 0. As a reward of every token, detached, through
+    returns and policy_loss (lambda 1, no values), it is the gradient of E[score] - kl_coef KL(pi || ref), whole."""
     pi, ref = policy(seed, requires_grad=True), policy(seed + 100)
-    first, second = pi[:V].softmax(0), pi[V:].view(V, V).softmax(1)
-    ref_first, ref_second = ref[:V].softmax(0), ref[V:].view(V, V).softmax(1)
-    visits = first.detach()
-    reverse = kl(ref_first, first) + sum(visits[a] * kl(ref_second[a], second[a]) for a in range(V))
-    forward = kl(first, ref_first) + sum(visits[a] * kl(second[a], ref_second[a]) for a in range(V))
-
-    loss = expectation(pi, lambda i, x: loss_of(x, 0.0, logprobs_of(ref, SEQUENCES[i]), kl_coef=1.0))
-    assert close(2 * gradient(loss, pi), gradient(reverse, pi))
-    assert far(2 * gradient(loss, pi), gradient(forward, pi))
-    whole = kl(probabilities(pi), probabilities(ref))
-    assert far(2 * gradient(loss, pi), gradient(whole, pi))
+    logprobs, mask, values = logprobs_of(pi), MASK.expand(9, 3), torch.zeros(9, 3, dtype=torch.float64)
+    p = probabilities(pi)
+    assert gradient((p.detach() * (logprobs - logprobs_of(ref)).sum(1)).sum(), pi).norm() < 1e-12
+    rewards = ppo.kl_shaped_rewards(REWARDS, logprobs.detach(), logprobs_of(ref), mask, 0.3)
+    advantages, _ = ppo.gae(rewards, values, mask, 1.0, 1.0)
+    weighted = advantages * p.detach()[:, None]  # policy_loss is linear in the advantages
+    loss = ppo.policy_loss(logprobs, logprobs.detach(), weighted, mask, 0.2, 1)
+    objective = (p * REWARDS).sum() - 0.3 * kl(p, probabilities(ref))
+    assert close(-gradient(loss, pi), gradient(objective, pi))
 
 
-def test_k1_differentiated_in_the_loss_has_no_expected_gradient():
-    """E[grad (log pi - log ref)] = sum grad pi = grad 1 = 0: k1 in the loss restrains nothing, k3 does."""
-    pi, ref = policy(0, requires_grad=True), policy(100)
-    k1 = expectation(pi, lambda i, logprobs: (logprobs - logprobs_of(ref, SEQUENCES[i])).sum())
-    k3 = expectation(pi, lambda i, x: loss_of(x, 0.0, logprobs_of(ref, SEQUENCES[i]), kl_coef=1.0))
-    assert gradient(k1, pi).norm() < 1e-12
-    assert gradient(k3, pi).norm() > 0.1
+# ------------------------------------------------------------------------------------------------------ policy gradient
 
 
-def test_kl_term_vanishes_with_its_gradient_at_the_reference():
-    """At pi = ref every k3 and every (1 - ref/pi) is 0: no pull on the first step."""
-    pi = policy(0, requires_grad=True)
-    ref = pi.detach().clone()
-    loss = expectation(pi, lambda i, x: loss_of(x, 0.0, logprobs_of(ref, SEQUENCES[i]), kl_coef=1.0))
-    assert loss.item() == 0.0 and gradient(loss, pi).norm() < 1e-12
-
-
-# ---------------------------------------------------------------------------------------------------- policy gradient
-
-
-def baselines(theta):
-    """No baseline, a constant, and the expected reward."""
-    return 0.0, 0.7, (probabilities(theta) * torch.tensor(REWARDS)).sum().item()
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("which", range(3))
-def test_expected_gradient_of_the_loss_is_that_of_the_expected_reward(seed, which):
-    """At ratio 1, with A = reward - b, the loss's expected gradient is -grad E[reward] / 2 whatever the constant b.
-
-    E[A grad log pi(y)] = grad E[reward] - b grad 1. The 2 is the length of every completion.
-    """
+@SEEDS
+@pytest.mark.parametrize("baseline", [0.0, 0.7, "mean"])
+def test_the_gradient_of_the_loss_is_that_of_the_expected_reward(seed, baseline):
+    """At ratio 1 and with A = reward - b, -2 d loss = d E[reward], whatever the constant b; 2 is the length."""
     pi = policy(seed, requires_grad=True)
-    baseline = baselines(pi.detach())[which]
-    loss = expectation(pi, lambda i, logprobs: loss_of(logprobs, REWARDS[i] - baseline))
-    expected_reward = (probabilities(pi) * torch.tensor(REWARDS)).sum()
-    assert close(-2 * gradient(loss, pi), gradient(expected_reward, pi))
-    assert gradient(expected_reward, pi).norm() > 0.1
+    expected_reward = (probabilities(pi) * REWARDS).sum()
+    b = expected_reward.detach() if baseline == "mean" else baseline
+    assert close(-2 * gradient(expected_grpo(pi, REWARDS - b), pi), gradient(expected_reward, pi))
 
 
 def test_a_baseline_that_sees_the_completion_biases_the_gradient():
-    """With b = half of the completion's own reward the gradient is halved: it must not depend on what was sampled."""
+    """With b = half of the completion's own reward the gradient is halved."""
     pi = policy(0, requires_grad=True)
-    loss = expectation(pi, lambda i, logprobs: loss_of(logprobs, REWARDS[i] - REWARDS[i] / 2))
-    expected_reward = (probabilities(pi) * torch.tensor(REWARDS)).sum()
-    assert close(-4 * gradient(loss, pi), gradient(expected_reward, pi))
-    assert far(-2 * gradient(loss, pi), gradient(expected_reward, pi))
+    found = -2 * gradient(expected_grpo(pi, REWARDS - REWARDS / 2), pi)
+    expected = gradient((probabilities(pi) * REWARDS).sum(), pi)
+    assert close(2 * found, expected) and far(found, expected)
 
 
-def test_with_unequal_lengths_each_completion_weighs_by_one_over_its_length():
-    """Token 0 as the first one ends the completion: lengths 1 and 2, seven completions.
-
-    The loss's expected gradient is then -grad E[A / |y|], and a baseline no longer drops out: the length bias that
-    averaging over each sequence has.
-    """
-    pi = policy(0, requires_grad=True)
-    ends = torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64)
-    first, p = pi[:V].softmax(0), probabilities(pi)
-    losses, objectives = [], []
-    for baseline in (0.0, 0.7):
-        loss, objective = torch.zeros(()), torch.zeros(())
-        for i, (a, b) in enumerate(SEQUENCES):
-            if a == 0 and b == 0:
-                logprobs = logprobs_of(pi, (0, 0)) * ends
-                loss = loss + first[0].detach() * loss_of(logprobs, REWARDS[i] - baseline, mask=ends)
-                objective = objective + first[0] * (REWARDS[i] - baseline) / 1
-            elif a != 0:
-                loss = loss + p[i].detach() * loss_of(logprobs_of(pi, (a, b)), REWARDS[i] - baseline)
-                objective = objective + p[i] * (REWARDS[i] - baseline) / 2
-        losses.append(gradient(loss, pi))
-        objectives.append(gradient(objective, pi))
-    assert close(-losses[0], objectives[0]) and close(-losses[1], objectives[1])
-    assert far(losses[0], losses[1])
+@SEEDS
+def test_values_leave_the_gradient_unbiased_unless_they_see_their_own_token(seed):
+    """V(s_t), any function of what stands before token t, drops out at every lambda 1; V that has seen token t does
+    not. Column 1 is the first state, column 2 the state after token a."""
+    pi = policy(seed, requires_grad=True)
+    p, logprobs, mask = probabilities(pi), logprobs_of(pi), MASK.expand(9, 3)
+    rewards = ppo.kl_shaped_rewards(REWARDS, logprobs.detach(), logprobs.detach(), mask, 0.0)
+    blind = torch.tensor([[0.0, 0.4, 1.0 + a] for a, _ in SEQUENCES], dtype=torch.float64)
+    seeing = torch.tensor([[0.0, 1.0 + a, 0.5 + b] for a, b in SEQUENCES], dtype=torch.float64)
+    found = []
+    for values in (blind, seeing):
+        advantages, _ = ppo.gae(rewards, values, mask, 1.0, 1.0)
+        loss = ppo.policy_loss(logprobs, logprobs.detach(), advantages * p.detach()[:, None], mask, 0.2, 1)
+        found.append(-gradient(loss, pi))
+    expected = gradient((p * REWARDS).sum(), pi)
+    assert close(found[0], expected) and far(found[1], expected)
 
 
 def test_samples_of_an_older_policy_are_corrected_by_the_ratio():
-    """One-token completions, no ratio beyond the band: E_old[pi/old A] = E_pi[A], in value and gradient.
-
-    Only then: the ratio is that of a token, not of a sequence.
-    """
+    """One-token completions, no ratio beyond the band: E_old[pi/old A] = E_pi[A], in value and gradient."""
     pi = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
     old = torch.tensor([0.0, 0.4, 0.1], dtype=torch.float64)
-    mask, loss = torch.ones(1, 1, dtype=torch.float64), torch.zeros(())
-    for token in range(V):
-        logprobs, old_logprobs = pi.log_softmax(0)[token].view(1, 1), old.log_softmax(0)[token].view(1, 1)
-        part = loss_of(logprobs, REWARDS[token + 1], old_logprobs=old_logprobs, mask=mask, clip_eps=5.0)
-        loss = loss + old.softmax(0)[token] * part
-    expected_reward = (pi.softmax(0) * torch.tensor(REWARDS[1 : V + 1])).sum()
-    assert close(-loss, expected_reward)
-    assert close(-gradient(loss, pi), gradient(expected_reward, pi))
+    logprobs, old_logprobs = pi.log_softmax(0)[:, None], old.log_softmax(0)[:, None]
+    rows = zip(logprobs.split(1), old_logprobs.split(1), REWARDS[1 : V + 1].split(1))
+    losses = [grpo.grpo_loss(row, was, None, reward, torch.ones(1, 1), 5.0, 0.0, 1) for row, was, reward in rows]
+    loss = (old.softmax(0) * torch.stack(losses)).sum()
+    expected_reward = (pi.softmax(0) * REWARDS[1 : V + 1]).sum()
+    assert close(-loss, expected_reward) and close(-gradient(loss, pi), gradient(expected_reward, pi))
 
 
-def test_samples_that_another_network_drew_are_corrected_by_the_weight():
-    """One-token completions drawn by a sampler in another arithmetic: weighted by pi / sampler the expected gradient at
-    ratio 1 is that of E_pi[A]. Unweighted it is not, and a cap below the largest weight leaves a bias."""
-    pi = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
-    sampler = torch.tensor([0.0, 0.4, 0.1], dtype=torch.float64).log_softmax(0)
-    mask = torch.ones(1, 1, dtype=torch.float64)
-    expected_reward = (pi.softmax(0) * torch.tensor(REWARDS[1 : V + 1])).sum()
-    found = {}
-    for cap in (0.0, 1.1, 5.0):
-        loss = torch.zeros(())
-        for token in range(V):
-            logprobs = pi.log_softmax(0)[token].view(1, 1)
-            weights = (logprobs.detach() - sampler[token]).exp().clamp(max=cap) if cap else None
-            loss = loss + sampler[token].exp() * loss_of(logprobs, REWARDS[token + 1], mask=mask, weights=weights)
-        found[cap] = -gradient(loss, pi)
-    assert close(found[5.0], gradient(expected_reward, pi))
-    assert far(found[0.0], found[5.0]) and far(found[1.1], found[5.0])
-
-
-def test_reward_and_kl_together_ascend_the_stated_objective():
-    """With both terms the expected gradient is -1/2 (grad E[reward] - kl_coef grad KL(ref || pi)), state by state."""
-    pi, ref = policy(2, requires_grad=True), policy(102)
-    first, second = pi[:V].softmax(0), pi[V:].view(V, V).softmax(1)
-    ref_first, ref_second = ref[:V].softmax(0), ref[V:].view(V, V).softmax(1)
-    visits = first.detach()
-    penalty = kl(ref_first, first) + sum(visits[a] * kl(ref_second[a], second[a]) for a in range(V))
-    objective = (probabilities(pi) * torch.tensor(REWARDS)).sum() - 0.3 * penalty
-    loss = expectation(pi, lambda i, x: loss_of(x, REWARDS[i], logprobs_of(ref, SEQUENCES[i]), kl_coef=0.3))
-    assert close(-2 * gradient(loss, pi), gradient(objective, pi))
-
-
-# ----------------------------------------------------------------------------------------------------------------- sft
-
-
-def test_gradient_of_the_sft_loss_is_that_of_the_kl_from_the_data():
-    """E_data[-log pi] = KL(data || pi) + entropy of the data, and the entropy does not depend on the policy."""
+def test_a_sequence_mean_weighs_long_completions_less():
+    """Token 0 as the first one ends the completion. The loss then ascends E[A / length], not E[A]."""
     pi = policy(0, requires_grad=True)
-    data = policy(7).softmax(0)[: len(SEQUENCES)]
-    data = data / data.sum()
-    loss = sum(w * sft.sft_loss(logprobs_of(pi, y), MASK, 1) for w, y in zip(data, SEQUENCES))
-    divergence = kl(data, probabilities(pi))
-    assert close(loss, divergence - (data * data.log()).sum())
-    expected = gradient(divergence, pi)
-    assert close(gradient(loss, pi), expected)
-    assert far(gradient(kl(probabilities(pi), data), pi), expected)
+    ends, first, logprobs, p = torch.tensor([[0.0, 1.0, 0.0]]), pi[:V].softmax(0), logprobs_of(pi), probabilities(pi)
+    old = logprobs.detach()
+    loss = objective = unweighted = torch.zeros((), dtype=torch.float64)
+    for i, (a, b) in enumerate(SEQUENCES):
+        if a == 0 and b > 0:
+            continue  # the completion has ended: (0, 0) stands for all of them
+        weight, mask, length = (first[0], ends, 1) if a == 0 else (p[i], MASK, 2)
+        part = grpo.grpo_loss(logprobs[i : i + 1], old[i : i + 1], None, REWARDS[i : i + 1] + 1, mask, 0.2, 0.0, 1)
+        loss = loss + weight.detach() * part
+        objective, unweighted = objective + weight * (REWARDS[i] + 1) / length, unweighted + weight * (REWARDS[i] + 1)
+    assert close(-gradient(loss, pi), gradient(objective, pi))
+    assert far(gradient(objective, pi) * 2, gradient(unweighted, pi))
 
 
-def test_the_sft_loss_is_stationary_at_the_data_distribution():
-    """With the policy itself as the demonstrator the expected gradient is -sum grad pi = 0."""
+# -------------------------------------------------------------------------------------------- imitation and preferences
+
+
+def test_the_gradient_of_the_sft_loss_is_that_of_the_kl_from_the_data():
+    """E_data[-log pi] = KL(data || pi) + entropy of the data. With the policy as its own author it is stationary."""
     pi = policy(0, requires_grad=True)
-    loss = expectation(pi, lambda i, logprobs: sft.sft_loss(logprobs, MASK, 2))
-    assert gradient(loss, pi).norm() < 1e-12
+    data = probabilities(policy(7))
+    loss = sum(w * sft.sft_loss(x[None], MASK, 1) for w, x in zip(data, logprobs_of(pi)))
+    assert close(loss, kl(data, probabilities(pi)) - (data * data.log()).sum())
+    assert close(gradient(loss, pi), gradient(kl(data, probabilities(pi)), pi))
+    own = sum(w * sft.sft_loss(x[None], MASK, 1) for w, x in zip(probabilities(pi).detach(), logprobs_of(pi)))
+    assert gradient(own, pi).norm() < 1e-12
+
+
+def expected_preferences(scores):
+    """P(i is preferred to j) = sigmoid(scores_i - scores_j) for all pairs of different items: indices i, j, weights."""
+    i, j = torch.tensor([(i, j) for i in range(len(scores)) for j in range(len(scores)) if i != j]).T
+    return i, j, torch.sigmoid(scores[i] - scores[j])
+
+
+def test_bradley_terry_recovers_the_rewards_that_made_the_preferences():
+    """Up to a constant; centring alone fixes the constant: the gradient at rewards of mean 0 is 0 along it."""
+    truth = REWARDS[:5] - REWARDS[:5].mean()
+    rewards = (truth + 0.7).requires_grad_()
+    i, j, weights = expected_preferences(truth)
+    loss = (weights * rm.bradley_terry_loss(rewards[i], rewards[j])).sum()
+    assert gradient(loss, rewards).norm() < 1e-12
+    wrong = (truth * 1.5).requires_grad_()
+    assert gradient((weights * rm.bradley_terry_loss(wrong[i], wrong[j])).sum(), wrong).norm() > 0.1
+    centred = (weights * rm.bradley_terry_loss(rewards[i], rewards[j], center_coef=0.1)).sum()
+    assert gradient(centred, rewards).sum() > 0.1  # pulls the constant down
+
+
+def dpo_gradient(pi, ref, beta, score):
+    """Of the expected dpo_loss over all pairs of sequences, by the logits of the policy."""
+    logps, ref_logps = logprobs_of(pi).sum(1), logprobs_of(ref).sum(1)
+    i, j, weights = expected_preferences(score)
+    losses, _, _ = dpo.dpo_loss(logps[i], logps[j], ref_logps[i], ref_logps[j], beta)
+    return gradient((weights * losses).sum(), pi)
+
+
+@SEEDS
+def test_the_optimum_of_dpo_is_the_reference_tilted_by_the_reward(seed):
+    """pi* = pi_ref exp(r / beta) / Z; at it the gradient vanishes, at the reference it does not. A larger beta is
+    closer to the reference there, and after one small step further away: it scales the gradient too."""
+    ref, distance, gradients = policy(seed), [], []
+    for beta in (0.5, 1.0):
+        optimum = (logprobs_of(ref).sum(1) + REWARDS / beta).softmax(0).view(V, V)
+        first, second = optimum.sum(1), optimum / optimum.sum(1, keepdim=True)
+        pi = torch.cat([first.log(), second.log().flatten()]).requires_grad_()
+        assert close(probabilities(pi), optimum.flatten())
+        assert dpo_gradient(pi, ref, beta, REWARDS).norm() < 1e-10
+        distance.append(kl(probabilities(pi), probabilities(ref)))
+        start = ref.clone().requires_grad_()
+        gradients.append(dpo_gradient(start, ref, beta, REWARDS).norm())
+    assert distance[1] < distance[0] and gradients[1] > 1.5 * gradients[0] > 0
+
+
+def test_the_best_policy_under_a_kl_is_that_optimum():
+    """E[r] - beta KL(pi || pi_ref) is stationary at pi_ref exp(r / beta) / Z, and beta log Z there."""
+    ref, beta = policy(3), 0.7
+    tilted = logprobs_of(ref).sum(1) + REWARDS / beta
+    logits = tilted.clone().requires_grad_()
+    p = logits.softmax(0)
+    objective = (p * REWARDS).sum() - beta * kl(p, probabilities(ref))
+    assert gradient(objective, logits).norm() < 1e-12
+    assert math.isclose(objective.item(), beta * tilted.logsumexp(0).item(), rel_tol=1e-12)
