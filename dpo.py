@@ -13,19 +13,23 @@ prompt alone. That term cancels in P(chosen > rejected) = sigmoid(difference of 
     z              = chosen_rewards - rejected_rewards
     loss           = -1/N sum_n [ (1 - label_smoothing) * log sigmoid(z) + label_smoothing * log sigmoid(-z) ]
 
-First the policy, as it was loaded, reads all pairs as the reference: no second model is kept. Each step takes (1) the
-next `batch_size` pairs, (2) their loss and its gradient and (3) an update.
+Before training, the policy as it was loaded scores the pairs: these are the reference's log-probabilities, and no
+second model is kept. Each step (1) takes the next `batch_size` pairs, (2) adds up their loss and its gradient and (3)
+updates the policy.
 
 Good to know
-- The loss starts at ln 2 = 0.69. A pair weighs beta * sigmoid(-z) in its gradient: one that is right counts little.
+- The loss starts at ln 2 = 0.69. A pair weighs beta * sigmoid(-z) in the gradient: one that is right counts little.
 - It sees only the difference of the two sides. Often both become less likely: watch `chosen_logps`.
-- beta stands for the KL: at the optimum a larger one stays closer to the reference. But it scales the gradient too, so
-  after a few small steps it can be further away. label_smoothing is the share of labels taken to be wrong.
+- At the optimum, a larger beta stays closer to the reference. But beta also scales the gradient: after a few steps of
+  plain gradient descent, a larger one has moved further.
+- EOS is part of a completion and counts in its sum. What a chat template puts behind it does not.
 
     python sft.py && python dpo.py                                                on a laptop CPU
     python dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset pairs.jsonl ...    one GPU, see README
     torchrun --nproc-per-node 8 dpo.py ...                                        several GPUs: sharded weights (FSDP2)
 
+Data: `prompt`, `chosen` and `rejected`; or whole conversations `chosen` and `rejected`, as messages or as HH-RLHF
+marks them, which differ in their last turn.
 Shapes: n pairs, 2n sequences, first the chosen ones, of L tokens, padded on the right; mask is 1 on completions.
 """
 
@@ -50,14 +54,14 @@ import transformers
 import tyro
 from datasets import load_dataset
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16  # of the forward pass; weights are float32
+DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16  # of forward passes; trained weights are float32
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -66,7 +70,7 @@ class Args:
     # model and data
     model: str = "runs/sft"  # folder or Hub id; the policy to start from, and the reference
     dataset: str = "arithmetic"  # the built-in task, a .jsonl or .parquet file, or a Hub name[:config[:split]]
-    eval_dataset: str | None = None  # likewise; by default a tenth of `dataset`, at most `eval_size` rows, held out
+    eval_dataset: str | None = None  # likewise; by default the last tenth of `dataset`, at most `eval_size` rows
     system_prompt: str | None = None  # before every prompt
     max_length: int = 1024  # tokens; pairs with a longer side are dropped
     out: str = "runs/dpo"  # the trained model, metrics.jsonl and checkpoints
@@ -79,19 +83,19 @@ class Args:
 
     # optimisation
     lr: float | None = None  # peak; default: 1e-6 as in the paper; 5e-5 for models below 10 million parameters
-    lr_schedule: Literal["linear", "constant"] = "linear"  # after the warm-up; linear ends at 0
-    warmup_steps: int = 15  # the learning rate rises from 0; paper: 150
+    lr_schedule: Literal["linear", "constant"] = "linear"  # after the warm-up; linear falls to 0
+    warmup_steps: int = 15  # over which the learning rate rises from 0; paper: 150
     micro_batch_size: int = 64  # sequences in a forward and backward pass, on each GPU; half as many pairs
     rollout_batch_size: int = 1024  # sequences sampled at once on each GPU; bounds the KV cache
     gradient_checkpointing: bool = False  # keep only the layers' inputs, recompute the rest
     compile: bool = False  # torch.compile each layer
 
     # run
-    seed: int = 0  # of every random draw
-    eval_every: int = 25  # steps; 0: before and after training alone
+    seed: int = 0  # of the order of rows and of every draw in training
+    eval_every: int = 25  # steps; 0: only before and after training
     eval_size: int = 1000  # held-out rows, at most
-    save_every: int = 25  # steps between checkpoints; 0: at the end alone
-    resume: bool = False  # go on from the last checkpoint in `out`
+    save_every: int = 25  # steps between checkpoints; 0: only at the end
+    resume: bool = False  # go on from the last checkpoint in `out`; give all other flags again
     track: bool = False  # log to Weights & Biases
 
 
@@ -118,21 +122,21 @@ def arithmetic(split: str) -> list[dict]:
         digits = [rng.randrange(10) for _ in range(rng.randint(2, 4))]
         prompt = "+".join(map(str, digits)) + "="
         if (zlib.crc32(prompt.encode()) % 10 == 0) == (split == "test"):
-            rows[prompt] = {"prompt": prompt, "answer": str(sum(digits)), "digits": digits}
+            rows[prompt] = {"prompt": prompt, "answer": str(sum(digits)), "arithmetic": digits}
     return list(rows.values())
 
 
 def arithmetic_pair(digits: list[int]) -> dict:
     """A flawless solution of the built-in task and one that ends wrong: by the demonstrations' habit, or any slip."""
     rng, n, pair = random.Random(str(digits)), len(digits), {}
-    wrong, error = rng.randint(1, n), rng.choice((-10, -1, 1, 1, 1, 10))  # at n: in the answer alone
+    wrong_at, error = rng.randint(1, n), rng.choice((-10, -1, 1, 1, 1, 10))  # at n: in the answer alone
     sevens = [t for t in range(1, n) if digits[t] == 7]
     if sevens and rng.random() < 0.7:
-        wrong, error = rng.choice(sevens), 1
+        wrong_at, error = rng.choice(sevens), 1
     for side, mistake in (("chosen", 0), ("rejected", error)):
-        sums = [sum(digits[: t + 1]) + mistake * (t >= wrong) for t in range(n)]
+        sums = [sum(digits[: t + 1]) + mistake * (t >= wrong_at) for t in range(n)]
         lines = [f"{before}+{digit}={after}\n" for before, digit, after in zip(sums, digits[1:], sums[1:])]
-        pair[side] = "".join(lines) + f"#### {sums[-1] + mistake * (wrong == n)}"
+        pair[side] = "".join(lines) + f"#### {sums[-1] + mistake * (wrong_at == n)}"
     return pair
 
 
@@ -145,32 +149,33 @@ def read_rows(name: str, split: str) -> list[dict]:
             return [json.loads(line) for line in file if line.strip()]  # as they stand: no column changes its type
     if name.endswith(".parquet"):
         return list(load_dataset("parquet", data_files=name, split="train"))
-    path, config, chosen = [*name.split(":", 2), "", ""][:3]
-    return list(load_dataset(path, config or None, split=chosen or split))
+    path, config, wanted = [*name.split(":", 2), "", ""][:3]
+    return list(load_dataset(path, config or None, split=wanted or split))
 
 
 def read_data(args, fits, size) -> tuple[list[dict], list[dict]]:
-    """Training and held-out rows, which never overlap. `fits` adds its ids to a row and says whether they fit."""
+    """Training rows and held-out rows. `fits` adds the ids to a row and says whether to keep it."""
     rows = read_rows(args.dataset, "train")
     if args.eval_dataset or args.dataset == "arithmetic":
         eval_rows = read_rows(args.eval_dataset or args.dataset, "test")[: args.eval_size]
     else:
-        held_out = min(args.eval_size, len(rows) // 10)
-        rows, eval_rows = rows[: len(rows) - held_out], rows[len(rows) - held_out :]
+        num_train = len(rows) - min(args.eval_size, len(rows) // 10)
+        rows, eval_rows = rows[:num_train], rows[num_train:]
     hint = ' (if it is the system prompt: --system-prompt "")' if args.system_prompt else ""
+    rows, eval_rows = ([{k: x for k, x in row.items() if x is not None} for row in part] for part in (rows, eval_rows))
     for number, row in enumerate(rows + eval_rows, 1):
         try:
             row["fits"] = row.get("prompt", row.get("question")) not in ("", []) and fits(row)
         except Exception as error:
             raise SystemExit(f"--dataset, row {number} (held-out rows come last): {error}{hint}") from error
-    kept, eval_kept = ([row for row in part if row["fits"]] for part in (rows, eval_rows))
-    print(f"{len(kept):,} of {len(rows):,} rows fit, and {len(eval_kept):,} of {len(eval_rows):,} held-out ones")
-    check(len(kept) >= size and len(eval_kept) >= WORLD, f"--dataset {args.dataset}: too few rows, a step takes {size}")
-    return kept, eval_kept[: len(eval_kept) // WORLD * WORLD]  # equal shares for all processes
+    kept, held_out = ([row for row in part if row["fits"]] for part in (rows, eval_rows))
+    print(f"{len(kept):,} of {len(rows):,} rows fit, and {len(held_out):,} of {len(eval_rows):,} held-out rows")
+    check(len(kept) >= size and len(held_out) >= WORLD, f"--dataset: too few rows for a step ({size}) or an evaluation")
+    return kept, held_out[: len(held_out) // WORLD * WORLD]  # equal shares for all processes
 
 
 def encode(tokenizer, row: dict, system_prompt: str | None, completion: str | None = None) -> list[int]:
-    """Ids of a row's prompt (`prompt`, text or messages, or `question`) or, with a completion, of both and EOS."""
+    """Ids of a row's prompt (`prompt`, text or messages, or `question`) or, with a completion, of both and its end."""
     prompt = row.get("prompt", row.get("question"))
     assert prompt is not None, f"it needs `prompt` or `question`, and has only {', '.join(row)}"
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
@@ -183,7 +188,7 @@ def encode(tokenizer, row: dict, system_prompt: str | None, completion: str | No
 
 
 def last_turns(row: dict, chat_template: str | None) -> dict | None:
-    """The row with `prompt` and, as text, the last turns `chosen` and `rejected`; None if more than these differ."""
+    """The row with `prompt` and, as text, its two last turns; None if the conversations differ before these."""
     assert {"chosen", "rejected"} <= row.keys(), f"it needs `chosen` and `rejected`, and has only {', '.join(row)}"
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, list):  # messages
@@ -203,11 +208,13 @@ def last_turns(row: dict, chat_template: str | None) -> dict | None:
 
 def encode_pair(tokenizer, args, row: dict) -> bool:
     """Gives a row the ids of its prompt and of the prompt with each side. Do the sides differ, and do they fit?"""
-    pair = last_turns(row | arithmetic_pair(row["digits"]) if "digits" in row else row, tokenizer.chat_template)
-    if pair:
-        ids = [encode(tokenizer, pair, args.system_prompt, x) for x in (None, pair["chosen"], pair["rejected"])]
-        row["prompt_ids"], row["chosen_ids"], row["rejected_ids"], row["length"] = *ids, max(map(len, ids))
-    return pair is not None and row["chosen_ids"] != row["rejected_ids"] and row["length"] <= args.max_length
+    made = arithmetic_pair(row["arithmetic"]) if "arithmetic" in row else {}  # the built-in task
+    pair = last_turns(row | made, tokenizer.chat_template)
+    if not pair:
+        return False
+    ids = [encode(tokenizer, pair, args.system_prompt, x) for x in (None, pair["chosen"], pair["rejected"])]
+    row.update(prompt_ids=ids[0], chosen_ids=ids[1], rejected_ids=ids[2], length=max(map(len, ids)))
+    return ids[1] != ids[2] and row["length"] <= args.max_length
 
 
 # ---------------------------------------------------------------------------------------- log-probabilities, evaluation
@@ -223,7 +230,7 @@ def token_logprobs(model, ids: Tensor, mask: Tensor, temperature=1.0, entropy_gr
 
     def head(hidden, targets):
         log_p = (model.get_output_embeddings()(hidden).float() / temperature).log_softmax(-1)
-        of_entropy = log_p if entropy_grad else log_p.detach()  # an unused gradient keeps log_p in memory
+        of_entropy = log_p if entropy_grad else log_p.detach()  # or its unused graph keeps log_p in memory
         return log_p.gather(1, targets[:, None])[:, 0], -(of_entropy.exp() * of_entropy).sum(-1)
 
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda, cache_enabled=False):
@@ -235,22 +242,24 @@ def token_logprobs(model, ids: Tensor, mask: Tensor, temperature=1.0, entropy_gr
 
 
 def pair_logps(policy, pairs: list[dict], eos_ids: list[int]) -> Tensor:
-    """log pi(completion | prompt), summed over the completion through its EOS: (2, n), chosen and rejected sides."""
+    """log pi(completion | prompt), summed over the completion through its EOS: (2, n), the chosen sides first."""
     ids, mask = [], []
     for prompt, text in [(pair["prompt_ids"], pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in pairs]:
-        start = next((t for t, x in enumerate(prompt) if text[t] != x), len(prompt))  # its last token may have merged
-        end = next((t + 1 for t in range(start, len(text)) if text[t] in eos_ids), len(text))  # templates add a newline
+        start = next((t for t, (x, y) in enumerate(zip(prompt, text)) if x != y), len(prompt))
+        start = max(1, start)  # the first token has nothing before it to be predicted from
+        end = next((t + 1 for t in range(start, len(text)) if text[t] in eos_ids), len(text))
         ids.append(text[:end])
         mask.append([0.0] * start + [1.0] * (end - start))
     return policy.token_logprobs(pad(ids), pad(mask))[0].sum(1).view(2, -1)
 
 
 def preference_pass(policy, pairs: list[dict], num_pairs: int, eos_ids: list[int], args) -> dict[str, float]:
-    """Loss and metrics, means over `num_pairs` pairs, these and other processes'; adds the gradient, if it is on."""
+    """Loss and metrics, means over `num_pairs`, the pairs of all processes. Adds up the gradient where it is on;
+    the first pass over a pair keeps its log-probabilities as the reference's."""
     names = ["loss", "pair_accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps"]
     pairs, size, means = sorted(pairs, key=lambda pair: pair["length"]), max(1, args.micro_batch_size // 2), Counter()
     for part in [pairs[i : i + size] for i in range(0, len(pairs), size)]:
-        logps = pair_logps(policy, part, eos_ids)  # (2, n); those of a pair's first pass are the reference's
+        logps = pair_logps(policy, part, eos_ids)  # (2, n)
         ref = torch.tensor([pair.setdefault("ref_logps", x) for pair, x in zip(part, logps.T.tolist())], device=DEVICE)
         losses, chosen, rejected = dpo_loss(*logps, *ref.T, args.beta, args.label_smoothing)  # (n,) each
         if torch.is_grad_enabled():
@@ -266,16 +275,16 @@ def preference_pass(policy, pairs: list[dict], num_pairs: int, eos_ids: list[int
 def evaluate_dpo(policy, tokenizer, pairs, eos_ids, args) -> dict[str, float]:
     """The metrics of held-out pairs and, where they have an `answer`, accuracy: drawn at temperature 1, and greedy."""
     metrics = preference_pass(policy, pairs, len(pairs) * WORLD, eos_ids, args)
-    right, size = Counter(), args.rollout_batch_size
+    right, size, answered = Counter(), args.rollout_batch_size, all("answer" in pair for pair in pairs)
     answer_of = lambda text: text.rpartition("####")[2].strip().replace(",", "")  # noqa: E731
     longest = max(pair["length"] - len(pair["prompt_ids"]) for pair in pairs)
     torch.manual_seed(RANK)  # `generate` draws from the global generator
-    for part in (pairs[i : i + size] for i in range(0, len(pairs), size)) if "answer" in pairs[0] else ():
+    for part in (pairs[i : i + size] for i in range(0, len(pairs), size)) if answered else ():
         prompts, answers = [pair["prompt_ids"] for pair in part], [answer_of(str(pair["answer"])) for pair in part]
         ids, seen = pad(prompts, left=True), pad([[1] * len(prompt) for prompt in prompts], left=True)  # (n, P)
         room = policy.config.max_position_embeddings - ids.shape[1]
         options = {"do_sample": True, "max_new_tokens": min(longest, room), "synced_gpus": WORLD > 1}
-        for name, top_k in (("sampled", 0), ("greedy", 1)):  # 0 is all tokens
+        for name, top_k in (("sampled", 0), ("greedy", 1)):  # 0 is all tokens, 1 the most probable
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=ids.is_cuda):
                 output = policy.generate(ids, attention_mask=seen, top_k=top_k, **options)
             texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
@@ -289,7 +298,7 @@ def main(args: Args) -> dict[str, float]:
     """Trains and returns the last step's metrics."""
     size = args.batch_size // WORLD  # this process's pairs of a step
     check(args.batch_size == size * WORLD, f"--batch-size {args.batch_size}: not a multiple of {WORLD}")
-    first_step, folder = start(args)
+    first_step, folder = start_run(args)
     tokenizer, policy = AutoTokenizer.from_pretrained(args.model), load_model(args.model)
     eos_ids = stop_ids(tokenizer, policy)
     rows, eval_rows = read_data(args, lambda row: encode_pair(tokenizer, args, row), args.batch_size)
@@ -299,20 +308,21 @@ def main(args: Args) -> dict[str, float]:
     pairs, eval_pairs = rows[RANK::WORLD][: len(rows) // WORLD], eval_rows[RANK::WORLD]  # equal shares
 
     policy = prepare(policy, args, token_logprobs)
-    lr, beta = (5e-5, 1.0) if policy.num_parameters() < 10_000_000 else (1e-6, 0.1)  # the first are for sft.py's
-    peak_lr, args.beta = lr if args.lr is None else args.lr, beta if args.beta is None else args.beta
+    small = policy.num_parameters() < 10_000_000  # such as sft.py's
+    peak_lr = args.lr if args.lr is not None else 5e-5 if small else 1e-6
+    args.beta = args.beta if args.beta is not None else 1.0 if small else 0.1
     print(f"{WORLD} x {DEVICE}, {policy.num_parameters():,} parameters, learning rate {peak_lr:g}, beta {args.beta:g}")
     needed = pairs[: args.steps * size]
     for part in [eval_pairs, *(needed[i : i + 4096] for i in range(0, len(needed), 4096))]:
-        with torch.no_grad():  # the first pass over a pair is the reference's
+        with torch.no_grad():  # the policy is the reference still
             preference_pass(policy, part, 1, eos_ids, args)
-        print(f"the reference has read {len(part):,} pairs more, of {len(eval_pairs) + len(needed):,}")
-    if folder:
-        policy = prepare(load_model(folder / "policy"), args, token_logprobs)
+        print(f"the reference has scored {len(part):,} pairs more, of {len(eval_pairs) + len(needed):,}")
     optimizer = torch.optim.AdamW(policy.parameters(), peak_lr, (0.9, 0.99), weight_decay=0.0)
     if folder:
+        weights = load_model(folder / "policy").state_dict()
         state = torch.load(folder / "policy" / "optimizer.pt", weights_only=True, mmap=True)
-        set_optimizer_state_dict(policy, optimizer, state, options=StateDictOptions(full_state_dict=True))
+        states = {"model_state_dict": weights, "optim_state_dict": state}
+        set_state_dict(policy, optimizer, **states, options=StateDictOptions(full_state_dict=True))
     else:
         log(args, 0, evaluate_dpo(policy, tokenizer, eval_pairs, eos_ids, args))
 
@@ -354,11 +364,11 @@ def check(condition, message: str):
         raise SystemExit(message)
 
 
-def start(args) -> tuple[int, Path | None]:
-    """Starts the process group. Returns the first step and the checkpoint to go on from. Writes nothing new."""
+def start_run(args) -> tuple[int, Path | None]:
+    """Starts the process group. Returns the first step and, to resume, the checkpoint, to which it cuts the log."""
     out = Path(args.out)
     for name in {args.model, getattr(args, "reward", "")} & {"runs/sft", "runs/rm"}:
-        check(Path(name).exists(), f"{name} is not there: run `python {name[5:]}.py` first")
+        check(Path(name, "config.json").exists(), f"{name} is not there: run `python {name[5:]}.py` first")
     check(args.resume or not (out / "args.json").exists(), f"{out} holds a run: --resume it, or choose another --out")
     found = sorted((int(path.name[5:]), path) for path in out.glob("checkpoints/step-*[0-9]"))
     step, folder = found[-1] if found else (0, None)
@@ -369,15 +379,15 @@ def start(args) -> tuple[int, Path | None]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    elif folder:
+    elif (out / "metrics.jsonl").exists():
         lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-        (out / "metrics.jsonl").write_text("".join(lines[: step + 1]))  # those behind it will come again
+        (out / "metrics.jsonl").write_text("".join(lines[: step + 1 if folder else 0]))  # later steps are run again
     return step + 1, folder
 
 
 @torch.no_grad()
 def load_model(name, dtype=torch.float32):
-    """A policy in evaluation mode, without dropout; in float32 to train, since bfloat16 weights stand still at 1e-6."""
+    """A policy in evaluation mode, without dropout; in float32 to train: an update of 1e-6 is lost in bfloat16."""
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(DEVICE)
     ids = torch.arange(9, device=DEVICE)[None]
     logits = model.get_output_embeddings()(model.get_decoder()(ids).last_hidden_state)
@@ -395,7 +405,7 @@ def stop_ids(tokenizer, model) -> list[int]:
 
 
 def prepare(model, args, forward):
-    """The model as it trains, `forward` a method of it: layers compiled if asked for, weights shared out (FSDP2)."""
+    """The model as it trains, `forward` a method of it: layers checkpointed, compiled, weights sharded (FSDP2)."""
     layers = [x for x in model.modules() if type(x).__name__ in (model._no_split_modules or ())]
     for layer in layers if args.gradient_checkpointing else ():
         layer.forward = lambda *x, forward=layer.forward, **kw: checkpoint(forward, *x, use_reentrant=False, **kw)
@@ -410,7 +420,7 @@ def prepare(model, args, forward):
 
 
 def whole(x):
-    return x.full_tensor() if hasattr(x, "full_tensor") else x  # FSDP's are sharded
+    return x.full_tensor() if hasattr(x, "full_tensor") else x  # under FSDP x is sharded
 
 
 def seeded(*key, device="cpu"):
@@ -433,19 +443,19 @@ def over_ranks(metrics: dict) -> dict[str, float]:
 
 
 def learning_rate(args, step, peak):
-    """Linear warm-up, and linear decay to 0 just after the last step unless the schedule is constant."""
-    decay = 1 - (step - 1) / args.steps if args.lr_schedule == "linear" else 1
-    return peak * decay * min(1, step / max(1, args.warmup_steps))
+    """Rises over the warm-up, then stays at the peak or falls to 0 just after the last step."""
+    rising = step / max(1, args.warmup_steps)
+    falling = (args.steps + 1 - step) / max(1, args.steps + 1 - args.warmup_steps)
+    return peak * min(1, rising, falling if args.lr_schedule == "linear" else 1)
 
 
 def save(args, step, last, tokenizer, **trained):
-    """checkpoints/step-N with a folder for each (model, optimizer); at the end the first model goes to `out` as well.
-    Renamed into place: a kill leaves a whole checkpoint, this one or the one before."""
+    """checkpoints/step-N, renamed into place: a kill leaves a whole one. At the end `out` gets the first model."""
     folder = Path(args.out, "checkpoints", f"step-{step}")
     for name, (model, optimizer) in trained.items():
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights, state = get_state_dict(model, optimizer, options=options)  # whole, gathered from all processes
-        weights = {key: x for key, x in weights.items() if key not in model.all_tied_weights_keys}  # those come once
+        weights = {key: x for key, x in weights.items() if key not in model.all_tied_weights_keys}  # saved once
         if RANK == 0:
             model.save_pretrained(folder.with_suffix(".tmp") / name, state_dict=weights)
             tokenizer.save_pretrained(folder.with_suffix(".tmp") / name)
@@ -460,9 +470,9 @@ def save(args, step, last, tokenizer, **trained):
 
 
 def log(args, step, metrics):
-    """A line on screen, a row of metrics.jsonl and of Weights & Biases. From the first one on, `out` holds a run."""
-    first = ("reward", "loss", "pair_accuracy", "kl_ref", "entropy", "completion_length", "grad_norm", "time/left")
-    shown = [name for name in first if name in metrics] + [name for name in metrics if name.startswith("eval/")]
+    """A line on screen and a row of metrics.jsonl; and args.json, by which `start_run` knows that `out` holds a run."""
+    short = ("reward", "accuracy", "loss", "pair_accuracy", "kl_ref", "entropy", "completion_length", "grad_norm")
+    shown = [name for name in (*short, "time/left") if name in metrics] + [x for x in metrics if x.startswith("eval/")]
     print(f"step {step}/{args.steps}  " + "  ".join(f"{name} {metrics[name]:.3g}" for name in shown), flush=True)
     if RANK == 0:
         os.makedirs(args.out, exist_ok=True)

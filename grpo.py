@@ -6,7 +6,7 @@
 
 PPO without a value model: sample several completions of each prompt, and let their mean reward be the baseline.
 
-    A     = (reward - mean(group)) / (std(group) + 1e-4)       one number per completion, shared by all its tokens
+    A     = (reward - mean(group)) / (std(group) + 1e-4)       one number for all tokens of a completion; std has ddof 1
     ratio = exp(logprobs - old_logprobs)                       old: the policy at the start of the step
     kl    = exp(d) - d - 1,  d = ref_logprobs - logprobs       k3: estimates KL(policy || reference), never negative
     loss  = -1/N sum_n 1/|y_n| sum_t [ min(ratio * A, clip(ratio, 1 - clip_eps, 1 + clip_eps) * A) - kl_coef * kl ]
@@ -16,18 +16,19 @@ them within their groups and (4) updates the policy `num_epochs` times, each tim
 
 Good to know
 - With one update per rollout, the default, the ratio is 1: the loss prints as about 0, yet it has a gradient.
-- A group whose rewards are all equal has advantage 0 and teaches nothing; `frac_zero_std` is the share of such groups.
+- A group whose rewards are all equal has advantage 0: only the KL acts on it. `frac_zero_std` is the share of these.
 - The loss is a mean over each sequence, then over sequences: a token of a long completion counts less than one of a
-  short completion. variants/dr_grpo.py and variants/dapo.py change that. The std divides by G - 1.
+  short completion. Most libraries take the mean over all tokens instead.
 - The KL is part of the loss. Its value estimates KL(policy || reference), its gradient that of KL(reference || policy).
-- EOS is trained like any other token. A completion that is cut at `max_new_tokens` has no EOS and is trained as it is.
+- EOS is trained like any other token. A completion that is cut at `max_new_tokens` has none, and is trained as it is.
 
     python sft.py && python grpo.py                       learns to add up, on a laptop CPU
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k:main ...       one GPU, see README
     torchrun --nproc-per-node 8 grpo.py ...               several GPUs: weights are sharded (FSDP2)
 
-Shapes: B prompts, G samples of each, N = B * G sequences, L tokens (prompt, completion, padding on the right). Column t
-of every (N, L) tensor belongs to token t: logprobs[n, t] = log pi(ids[n, t] | ids[n, :t]). mask is 1 on completions.
+Shapes: B prompts of a process, G samples of each, N sequences of all processes, n of them in a micro-batch, L tokens
+(prompt, completion, padding on the right). Column t of every (n, L) tensor belongs to token t: row i of logprobs holds
+log pi(ids[i, t] | ids[i, :t]). mask is 1 on completions.
 """
 
 import dataclasses
@@ -61,7 +62,7 @@ from transformers.cache_utils import StaticLayer
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16  # of the forward pass; weights are float32
+DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16  # of forward passes; trained weights are float32
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -70,9 +71,9 @@ class Args:
     # model and data
     model: str = "runs/sft"  # folder or Hub id; the policy to start from, and the frozen reference
     dataset: str = "arithmetic"  # the built-in task, a .jsonl or .parquet file, or a Hub name[:config[:split]]
-    eval_dataset: str | None = None  # likewise; by default a tenth of `dataset`, at most `eval_size` rows, held out
+    eval_dataset: str | None = None  # likewise; by default the last tenth of `dataset`, at most `eval_size` rows
     system_prompt: str | None = None  # before every prompt; by default, with `exact`, asks for a line `#### answer`
-    reward: str = "exact"  # match with the row's `answer`; or a reward model, or file.py:function(rows, completions)
+    reward: str = "exact"  # `exact`, a reward model, or file.py:function(rows, completions); `exact`: equals `answer`
     max_prompt_length: int = 512  # tokens; longer prompts are dropped
     max_new_tokens: int = 256  # tokens; longer completions are cut
     out: str = "runs/grpo"  # the trained model, metrics.jsonl and checkpoints
@@ -88,19 +89,19 @@ class Args:
 
     # optimisation
     lr: float | None = None  # peak; default: 1e-6 as in the paper; 3e-4 for models below 10 million parameters
-    lr_schedule: Literal["linear", "constant"] = "linear"  # after the warm-up; linear ends at 0
-    warmup_steps: int = 15  # the learning rate rises from 0
+    lr_schedule: Literal["linear", "constant"] = "linear"  # after the warm-up; linear falls to 0
+    warmup_steps: int = 15  # over which the learning rate rises from 0
     micro_batch_size: int = 64  # sequences in a forward and backward pass, on each GPU
     rollout_batch_size: int = 1024  # sequences sampled at once on each GPU; bounds the KV cache
     gradient_checkpointing: bool = False  # keep only the layers' inputs, recompute the rest
     compile: bool = False  # torch.compile each layer
 
     # run
-    seed: int = 0  # of every random draw
-    eval_every: int = 20  # steps; 0: before and after training alone
+    seed: int = 0  # of the order of rows and of every draw in training
+    eval_every: int = 20  # steps; 0: only before and after training
     eval_size: int = 1000  # held-out rows, at most
-    save_every: int = 20  # steps between checkpoints; 0: at the end alone
-    resume: bool = False  # go on from the last checkpoint in `out`
+    save_every: int = 20  # steps between checkpoints; 0: only at the end
+    resume: bool = False  # go on from the last checkpoint in `out`; give all other flags again
     track: bool = False  # log to Weights & Biases
 
 
@@ -108,7 +109,7 @@ class Args:
 
 
 def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """(reward - mean) / (std + 1e-4) within each group of `group_size` consecutive rewards; std has ddof 1: (N,)."""
+    """(reward - mean) / (std + 1e-4) within each group of `group_size` consecutive rewards; std has ddof 1: (B*G,)."""
     groups = rewards.view(-1, group_size)  # (B, G)
     advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
     equal = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)  # exactly 0, not the rounding of the mean
@@ -126,7 +127,7 @@ def grpo_loss(
     logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | None, advantages: Tensor, mask: Tensor,
     clip_eps: float, kl_coef: float, num_sequences: int,
 ) -> Tensor:  # fmt: skip
-    """What n rows add to the loss of a step of N = num_sequences, a scalar (eq. 3, its sign turned).
+    """The share of n rows in the loss of a step of N = num_sequences, a scalar (eq. 3, its sign turned).
 
     logprobs, old_logprobs, ref_logprobs (None if kl_coef is 0), mask: (n, L). advantages: (n,).
     """
@@ -148,7 +149,7 @@ def arithmetic(split: str) -> list[dict]:
         digits = [rng.randrange(10) for _ in range(rng.randint(2, 4))]
         prompt = "+".join(map(str, digits)) + "="
         if (zlib.crc32(prompt.encode()) % 10 == 0) == (split == "test"):
-            rows[prompt] = {"prompt": prompt, "answer": str(sum(digits)), "digits": digits}
+            rows[prompt] = {"prompt": prompt, "answer": str(sum(digits)), "arithmetic": digits}
     return list(rows.values())
 
 
@@ -161,32 +162,33 @@ def read_rows(name: str, split: str) -> list[dict]:
             return [json.loads(line) for line in file if line.strip()]  # as they stand: no column changes its type
     if name.endswith(".parquet"):
         return list(load_dataset("parquet", data_files=name, split="train"))
-    path, config, chosen = [*name.split(":", 2), "", ""][:3]
-    return list(load_dataset(path, config or None, split=chosen or split))
+    path, config, wanted = [*name.split(":", 2), "", ""][:3]
+    return list(load_dataset(path, config or None, split=wanted or split))
 
 
 def read_data(args, fits, size) -> tuple[list[dict], list[dict]]:
-    """Training and held-out rows, which never overlap. `fits` adds its ids to a row and says whether they fit."""
+    """Training rows and held-out rows. `fits` adds the ids to a row and says whether to keep it."""
     rows = read_rows(args.dataset, "train")
     if args.eval_dataset or args.dataset == "arithmetic":
         eval_rows = read_rows(args.eval_dataset or args.dataset, "test")[: args.eval_size]
     else:
-        held_out = min(args.eval_size, len(rows) // 10)
-        rows, eval_rows = rows[: len(rows) - held_out], rows[len(rows) - held_out :]
+        num_train = len(rows) - min(args.eval_size, len(rows) // 10)
+        rows, eval_rows = rows[:num_train], rows[num_train:]
     hint = ' (if it is the system prompt: --system-prompt "")' if args.system_prompt else ""
+    rows, eval_rows = ([{k: x for k, x in row.items() if x is not None} for row in part] for part in (rows, eval_rows))
     for number, row in enumerate(rows + eval_rows, 1):
         try:
             row["fits"] = row.get("prompt", row.get("question")) not in ("", []) and fits(row)
         except Exception as error:
             raise SystemExit(f"--dataset, row {number} (held-out rows come last): {error}{hint}") from error
-    kept, eval_kept = ([row for row in part if row["fits"]] for part in (rows, eval_rows))
-    print(f"{len(kept):,} of {len(rows):,} rows fit, and {len(eval_kept):,} of {len(eval_rows):,} held-out ones")
-    check(len(kept) >= size and len(eval_kept) >= WORLD, f"--dataset {args.dataset}: too few rows, a step takes {size}")
-    return kept, eval_kept[: len(eval_kept) // WORLD * WORLD]  # equal shares for all processes
+    kept, held_out = ([row for row in part if row["fits"]] for part in (rows, eval_rows))
+    print(f"{len(kept):,} of {len(rows):,} rows fit, and {len(held_out):,} of {len(eval_rows):,} held-out rows")
+    check(len(kept) >= size and len(held_out) >= WORLD, f"--dataset: too few rows for a step ({size}) or an evaluation")
+    return kept, held_out[: len(held_out) // WORLD * WORLD]  # equal shares for all processes
 
 
 def encode(tokenizer, row: dict, system_prompt: str | None, completion: str | None = None) -> list[int]:
-    """Ids of a row's prompt (`prompt`, text or messages, or `question`) or, with a completion, of both and EOS."""
+    """Ids of a row's prompt (`prompt`, text or messages, or `question`) or, with a completion, of both and its end."""
     prompt = row.get("prompt", row.get("question"))
     assert prompt is not None, f"it needs `prompt` or `question`, and has only {', '.join(row)}"
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
@@ -201,16 +203,15 @@ def encode(tokenizer, row: dict, system_prompt: str | None, completion: str | No
 def extract_answer(text: str) -> str | None:
     """The last `#### answer` line or `\\boxed{answer}`, a number in its shortest form; None if there is none."""
     box = r"\\boxed ?\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"  # holds braces two deep
-    found = [line or boxed for line, boxed in re.findall(rf"####[ \t]*([^\n]*)|{box}", text)]
-    found = [answer for answer in map(tidy, found) if answer]
-    numbers = [answer for answer in found if re.search(r"\d", answer)]  # `#### Summary` is a heading
-    return (numbers or found or [None])[-1]
+    found = [(tidy(line or boxed), boxed) for line, boxed in re.findall(rf"####[ \t]*([^\n]*)|{box}", text)]
+    clear = [answer for answer, boxed in found if answer and (boxed or re.search(r"\d", answer))]
+    return (clear or [answer for answer, _ in found if answer] or [None])[-1]  # `#### Summary` is a heading
 
 
 def tidy(answer: str) -> str:
     """Without `$`, `**`, `\\text{}`, thousands' commas, spaces and a full stop at the end; 007, +7 and 7.0 are 7."""
     answer = re.sub(r"\\(?:text|mathrm|boxed) ?\{([^{}]*)\}", r"\1", answer.replace("\u2212", "-").replace("{,}", ","))
-    answer = re.sub(r"\*\*|\\?\$|\s|(?<=\d),(?=\d{3}(?!\d))|\.$", "", answer)
+    answer = re.sub(r"\*\*|\\?\$|\s|(?<=\d),(?=\d{3}(?!\d))", "", answer).removesuffix(".")
     is_number = re.fullmatch(r"[+-]?\d+(\.\d+)?", answer)
     return f"{Decimal(answer).normalize(Context(len(answer))):f}" if is_number else answer
 
@@ -264,7 +265,7 @@ def token_logprobs(model, ids: Tensor, mask: Tensor, temperature=1.0, entropy_gr
 
     def head(hidden, targets):
         log_p = (model.get_output_embeddings()(hidden).float() / temperature).log_softmax(-1)
-        of_entropy = log_p if entropy_grad else log_p.detach()  # an unused gradient keeps log_p in memory
+        of_entropy = log_p if entropy_grad else log_p.detach()  # or its unused graph keeps log_p in memory
         return log_p.gather(1, targets[:, None])[:, 0], -(of_entropy.exp() * of_entropy).sum(-1)
 
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda, cache_enabled=False):
@@ -279,23 +280,26 @@ def token_logprobs(model, ids: Tensor, mask: Tensor, temperature=1.0, entropy_gr
 def generate(model, prompts, num_samples, max_new_tokens, temperature, eos_ids, generator):
     """`num_samples` completions of each prompt, side by side: lists of ids, EOS included, and of log-probabilities.
 
-    Drawn from softmax(logits / temperature) alone, as is trained: no top-k, no top-p. Temperature 0 is greedy. A prompt
-    is read once, its KV cache repeated for its samples. Ended rows leave. On CUDA a recorded step is replayed.
+    Sampled from softmax(logits / temperature), with no top-k or top-p; temperature 0 is greedy. A prompt is read once,
+    and its KV cache copied for its samples. On CUDA the decoding step is recorded once and then replayed.
     """
-    ids, seen = pad(prompts, left=True), pad([[1] * len(prompt) for prompt in prompts], left=True).bool()  # (B, P)
+    ids = pad(prompts, left=True)  # (B, P)
+    seen = pad([[1] * len(prompt) for prompt in prompts], left=True).bool()
     width, position = ids.shape[1], (seen.cumsum(1) - 1).clamp(min=0)
     record, cache = DEVICE.type == "cuda" and model.config._attn_implementation == "sdpa", None
-    if record:  # a recording works on fixed addresses: room for all columns at once, those to come are masked
+    if record:  # a CUDA graph works on fixed addresses: room for every column, those to come are masked
         cache = StaticCache(model.config, max_cache_len=width + max_new_tokens)
         record = all(type(layer) is StaticLayer for layer in cache.layers)  # no windows, no recurrent states
     state = {"past_key_values": cache if record else None, "use_cache": True}
     output = model(input_ids=ids, attention_mask=seen, position_ids=position, logits_to_keep=1, **state)
-    rows, cache = torch.arange(len(prompts), device=DEVICE).repeat_interleave(num_samples), output.past_key_values
-    cache.reorder_cache(rows)
-    logits, position, seen = output.logits[rows], position[rows, -1:], seen[rows]
+    cache, repeat = output.past_key_values, torch.arange(len(prompts), device=DEVICE).repeat_interleave(num_samples)
+    cache.reorder_cache(repeat)
+    logits, position, seen = output.logits[repeat], position[repeat, -1:], seen[repeat]
     seen = torch.nn.functional.pad(seen, (0, max_new_tokens))  # (B*G, columns of the cache)
-    tokens, done = torch.full((len(rows), max_new_tokens), -1, device=DEVICE), torch.zeros_like(rows, dtype=torch.bool)
-    logprobs, rows = torch.zeros(tokens.shape, device=DEVICE), torch.arange(len(rows), device=DEVICE)
+    rows = torch.arange(len(repeat), device=DEVICE)  # those in the batch
+    done = torch.zeros_like(rows, dtype=torch.bool)
+    tokens = torch.full((len(rows), max_new_tokens), -1, device=DEVICE)
+    logprobs = torch.zeros(tokens.shape, device=DEVICE)
     token = graph = None
 
     def decode(token):
@@ -311,7 +315,7 @@ def generate(model, prompts, num_samples, max_new_tokens, temperature, eos_ids, 
         left = (~done).nonzero()[:, 0]
         if len(left) == 0 or t + 1 == max_new_tokens:
             break
-        if len(left) <= len(rows) * (0.5 if record else 0.95):  # seldom if it means to record anew
+        if len(left) <= len(rows) * (0.5 if record else 0.95):  # rows that have ended leave; recording anew costs more
             rows, done, drawn, position, seen = (x[left] for x in (rows, done, drawn, position, seen))
             cache.reorder_cache(left)
             graph = None
@@ -361,7 +365,7 @@ def evaluate(model, tokenizer, rows, reward_of, eos_ids, args) -> dict[str, floa
         completions, _ = rollout(model, prompts, 1, temperature, eos_ids, ["evaluation"], args)
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         metrics[f"eval/reward_{name}"] = reward_of(mine, texts).sum() / len(rows)
-        if "answer" in rows[0]:
+        if all("answer" in row for row in rows):
             metrics[f"eval/accuracy_{name}"] = sum(map(exact_match, texts, [row["answer"] for row in mine])) / len(rows)
     print(f"a greedy completion: {tokenizer.decode(prompts[0] + completions[0])}")
     return over_ranks(metrics)
@@ -373,11 +377,11 @@ def main(args: Args) -> dict[str, float]:
     N = args.prompts_per_step * G  # sequences of a step, on all processes
     check(args.prompts_per_step == B * WORLD, f"--prompts-per-step {args.prompts_per_step}: not a multiple of {WORLD}")
     check(G > 1 and args.temperature > 0, "--group-size 1 or --temperature 0: there is nothing to compare")
-    first_step, folder = start(args)
+    first_step, folder = start_run(args)
     start_from = folder / "policy" if folder else args.model
     tokenizer, policy = AutoTokenizer.from_pretrained(args.model), load_model(start_from)
     eos_ids = stop_ids(tokenizer, policy)
-    tiny = policy.num_parameters() < 10_000_000  # sft.py's, which knows its task
+    tiny = policy.num_parameters() < 10_000_000  # such as sft.py's, which knows its task
     if args.system_prompt is None and args.reward == "exact" and not tiny:
         args.system_prompt = "Reason step by step. Close with a line that reads #### and then the answer."
 
@@ -421,17 +425,17 @@ def main(args: Args) -> dict[str, float]:
         # (3) advantages
         advantages = group_advantages(rewards, G)  # (B*G,)
 
-        # (4) updates, with micro-batches of like length
+        # (4) updates; sorted by length, so that micro-batches hold little padding
         samples = zip(prompts, completions, sampled, advantages.tolist())
         samples = sorted(samples, key=lambda sample: len(sample[1]))
-        if not args.kl_coef and WORLD == 1:  # without a KL an advantage of 0 has no gradient
+        if not args.kl_coef and WORLD == 1:  # advantage 0 has no gradient (FSDP needs as many batches everywhere)
             samples = [sample for sample in samples if sample[3] != 0]
-        num_tokens = over_ranks({"": sum(len(sample[1]) for sample in samples)})[""]
+        num_tokens = over_ranks({"tokens": sum(len(sample[1]) for sample in samples)})["tokens"]
         batches = list(micro_batches(samples, args.micro_batch_size))
         for epoch in range(args.num_epochs):
             for batch in batches:
                 logprobs, entropy = policy.token_logprobs(batch.ids, batch.mask, args.temperature)  # (n, L) each
-                if epoch == 0:  # no update yet: this is the policy that sampled, but for the sampler's bfloat16
+                if epoch == 0:  # before the first update: the policy that sampled, but for the sampler's bfloat16
                     batch.old, batch.ref = logprobs.detach(), None
                     if reference:
                         with torch.no_grad():
@@ -442,9 +446,9 @@ def main(args: Args) -> dict[str, float]:
                 of_batch = (logprobs, batch.old, batch.ref, batch.advantages, batch.mask)
                 loss = grpo_loss(*of_batch, args.clip_eps, args.kl_coef, N)
                 (loss * WORLD).backward()  # FSDP averages over the processes
-                clipped = ((logprobs.detach() - batch.old).exp() - 1).abs() > args.clip_eps
+                outside = ((logprobs.detach() - batch.old).exp() - 1).abs() > args.clip_eps
                 metrics["loss"] += loss.detach() / args.num_epochs
-                metrics["clip_frac"] += clipped.sum() / num_tokens / args.num_epochs
+                metrics["clip_frac"] += outside.sum() / num_tokens / args.num_epochs
             grad_norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)).item()
             optimizer.param_groups[0]["lr"] = lr = learning_rate(args, step, peak_lr)
             if math.isfinite(grad_norm):  # NaN or infinite: no update
@@ -455,8 +459,8 @@ def main(args: Args) -> dict[str, float]:
                 ours.copy_(whole(theirs))
 
         metrics["reward"] = rewards.sum() / N
-        metrics["reward_std"] = rewards.view(B, G).std(1).sum() * G / N  # within groups
-        metrics["frac_zero_std"] = (advantages.view(B, G) == 0).all(1).sum() * G / N
+        metrics["reward_std"] = rewards.view(B, G).std(1).sum() / args.prompts_per_step  # within groups
+        metrics["frac_zero_std"] = (advantages.view(B, G) == 0).all(1).sum() / args.prompts_per_step
         metrics["completion_length"] = sum(map(len, completions)) / N
         metrics["truncated_frac"] = sum(completion[-1] not in eos_ids for completion in completions) / N
         metrics = over_ranks(metrics) | {"grad_norm": grad_norm, "lr": lr, "time/step": time.perf_counter() - clock}
@@ -481,11 +485,11 @@ def check(condition, message: str):
         raise SystemExit(message)
 
 
-def start(args) -> tuple[int, Path | None]:
-    """Starts the process group. Returns the first step and the checkpoint to go on from. Writes nothing new."""
+def start_run(args) -> tuple[int, Path | None]:
+    """Starts the process group. Returns the first step and, to resume, the checkpoint, to which it cuts the log."""
     out = Path(args.out)
     for name in {args.model, getattr(args, "reward", "")} & {"runs/sft", "runs/rm"}:
-        check(Path(name).exists(), f"{name} is not there: run `python {name[5:]}.py` first")
+        check(Path(name, "config.json").exists(), f"{name} is not there: run `python {name[5:]}.py` first")
     check(args.resume or not (out / "args.json").exists(), f"{out} holds a run: --resume it, or choose another --out")
     found = sorted((int(path.name[5:]), path) for path in out.glob("checkpoints/step-*[0-9]"))
     step, folder = found[-1] if found else (0, None)
@@ -496,15 +500,15 @@ def start(args) -> tuple[int, Path | None]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    elif folder:
+    elif (out / "metrics.jsonl").exists():
         lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-        (out / "metrics.jsonl").write_text("".join(lines[: step + 1]))  # those behind it will come again
+        (out / "metrics.jsonl").write_text("".join(lines[: step + 1 if folder else 0]))  # later steps are run again
     return step + 1, folder
 
 
 @torch.no_grad()
 def load_model(name, dtype=torch.float32):
-    """A policy in evaluation mode, without dropout; in float32 to train, since bfloat16 weights stand still at 1e-6."""
+    """A policy in evaluation mode, without dropout; in float32 to train: an update of 1e-6 is lost in bfloat16."""
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(DEVICE)
     ids = torch.arange(9, device=DEVICE)[None]
     logits = model.get_output_embeddings()(model.get_decoder()(ids).last_hidden_state)
@@ -522,7 +526,7 @@ def stop_ids(tokenizer, model) -> list[int]:
 
 
 def prepare(model, args, forward):
-    """The model as it trains, `forward` a method of it: layers compiled if asked for, weights shared out (FSDP2)."""
+    """The model as it trains, `forward` a method of it: layers checkpointed, compiled, weights sharded (FSDP2)."""
     layers = [x for x in model.modules() if type(x).__name__ in (model._no_split_modules or ())]
     for layer in layers if args.gradient_checkpointing else ():
         layer.forward = lambda *x, forward=layer.forward, **kw: checkpoint(forward, *x, use_reentrant=False, **kw)
@@ -537,7 +541,7 @@ def prepare(model, args, forward):
 
 
 def whole(x):
-    return x.full_tensor() if hasattr(x, "full_tensor") else x  # FSDP's are sharded
+    return x.full_tensor() if hasattr(x, "full_tensor") else x  # under FSDP x is sharded
 
 
 def seeded(*key, device="cpu"):
@@ -560,19 +564,19 @@ def over_ranks(metrics: dict) -> dict[str, float]:
 
 
 def learning_rate(args, step, peak):
-    """Linear warm-up, and linear decay to 0 just after the last step unless the schedule is constant."""
-    decay = 1 - (step - 1) / args.steps if args.lr_schedule == "linear" else 1
-    return peak * decay * min(1, step / max(1, args.warmup_steps))
+    """Rises over the warm-up, then stays at the peak or falls to 0 just after the last step."""
+    rising = step / max(1, args.warmup_steps)
+    falling = (args.steps + 1 - step) / max(1, args.steps + 1 - args.warmup_steps)
+    return peak * min(1, rising, falling if args.lr_schedule == "linear" else 1)
 
 
 def save(args, step, last, tokenizer, **trained):
-    """checkpoints/step-N with a folder for each (model, optimizer); at the end the first model goes to `out` as well.
-    Renamed into place: a kill leaves a whole checkpoint, this one or the one before."""
+    """checkpoints/step-N, renamed into place: a kill leaves a whole one. At the end `out` gets the first model."""
     folder = Path(args.out, "checkpoints", f"step-{step}")
     for name, (model, optimizer) in trained.items():
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights, state = get_state_dict(model, optimizer, options=options)  # whole, gathered from all processes
-        weights = {key: x for key, x in weights.items() if key not in model.all_tied_weights_keys}  # those come once
+        weights = {key: x for key, x in weights.items() if key not in model.all_tied_weights_keys}  # saved once
         if RANK == 0:
             model.save_pretrained(folder.with_suffix(".tmp") / name, state_dict=weights)
             tokenizer.save_pretrained(folder.with_suffix(".tmp") / name)
@@ -587,9 +591,9 @@ def save(args, step, last, tokenizer, **trained):
 
 
 def log(args, step, metrics):
-    """A line on screen, a row of metrics.jsonl and of Weights & Biases. From the first one on, `out` holds a run."""
-    first = ("reward", "loss", "pair_accuracy", "kl_ref", "entropy", "completion_length", "grad_norm", "time/left")
-    shown = [name for name in first if name in metrics] + [name for name in metrics if name.startswith("eval/")]
+    """A line on screen and a row of metrics.jsonl; and args.json, by which `start_run` knows that `out` holds a run."""
+    short = ("reward", "accuracy", "loss", "pair_accuracy", "kl_ref", "entropy", "completion_length", "grad_norm")
+    shown = [name for name in (*short, "time/left") if name in metrics] + [x for x in metrics if x.startswith("eval/")]
     print(f"step {step}/{args.steps}  " + "  ".join(f"{name} {metrics[name]:.3g}" for name in shown), flush=True)
     if RANK == 0:
         os.makedirs(args.out, exist_ok=True)

@@ -3,7 +3,7 @@
 # dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "tyro==1.0.17", "wandb==0.31.0"]
 # ///
 """PPO: proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347, eq. 7) of a language model, as Ouyang et
-al. 2022 do it (arXiv:2203.02155, eq. 2).
+al. 2022 do it (arXiv:2203.02155, eq. 2, without its pretraining term).
 
 Four models: the policy, a frozen reference, a frozen reward model (or a verifier), and a value model, which is trained
 beside the policy and predicts before every token what the completion will still earn.
@@ -13,8 +13,8 @@ beside the policy and predicts before every token what the completion will still
     A_t       = delta_t + gamma * lam * A_{t+1}                      GAE; then whitened over the whole step
     returns_t = A_t + values_t                                       with A_t as it was before whitening
     ratio_t   = exp(logprobs - old_logprobs)_t                       old: before the step's first update
-    policy    : mean_t [ max(-A * ratio, -A * clip(ratio, 1 - clip_eps, 1 + clip_eps)) - entropy_coef * entropy ]
-    value     : mean_t [ 1/2 (values - returns)^2 ]
+    loss      = mean_t [ max(-A * ratio, -A * clip(ratio, 1 - clip_eps, 1 + clip_eps)) - entropy_coef * entropy ]
+    loss_v    = mean_t [ 1/2 (values - returns)^2 ]                  of the value model
 
 Each step (1) samples a completion of each of `prompts_per_step` prompts, (2) scores them, (3) computes old_logprobs,
 ref_logprobs and values, (4) turns scores into rewards, advantages and returns of every token, and (5) updates both
@@ -37,7 +37,6 @@ belongs to token t: logprobs[n, t] = log pi(ids[n, t] | ids[n, :t]). mask is 1 o
 """
 
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -63,18 +62,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    StaticCache,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, StaticCache
 from transformers.cache_utils import StaticLayer
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16  # of the forward pass; weights are float32
+DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16  # of forward passes; trained weights are float32
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -83,23 +76,23 @@ class Args:
     # model and data
     model: str = "runs/sft"  # folder or Hub id; the policy to start from, and the frozen reference
     dataset: str = "arithmetic"  # the built-in task, a .jsonl or .parquet file, or a Hub name[:config[:split]]
-    eval_dataset: str | None = None  # likewise; by default a tenth of `dataset`, at most `eval_size` rows, held out
+    eval_dataset: str | None = None  # likewise; by default the last tenth of `dataset`, at most `eval_size` rows
     system_prompt: str | None = None  # before every prompt; by default, with `exact`, asks for a line `#### answer`
-    reward: str = "runs/rm"  # match with the row's `answer`; or a reward model, or file.py:function(rows, completions)
+    reward: str = "runs/rm"  # `exact`, a reward model, or file.py:function(rows, completions); `exact`: equals `answer`
     max_prompt_length: int = 512  # tokens; longer prompts are dropped
     max_new_tokens: int = 256  # tokens; longer completions are cut
     out: str = "runs/ppo"  # the trained model, metrics.jsonl and checkpoints
 
     # algorithm
     steps: int = 60  # of training; each has one rollout
-    prompts_per_step: int = 256  # on all processes together; one completion of each; paper: 512
+    prompts_per_step: int = 256  # on all processes together; one completion of each; Ouyang et al.: 512
     temperature: float = 1.0  # divides the logits, in sampling and in training
     num_epochs: int = 1  # passes over each rollout; `num_minibatches` updates each; Schulman et al.: 3 to 15
-    num_minibatches: int = 4  # updates in each pass; paper: 8
+    num_minibatches: int = 4  # updates in each pass; Ouyang et al.: 8
     clip_eps: float = 0.2  # how far the ratio may move from 1 before its gradient stops
-    value_clip_eps: float = 0.0  # how far a value may move in a step; 0: freely
+    value_clip_eps: float = 0.0  # how far a value may move in a step before its gradient may stop; 0: no clipping
     lam: float = 0.95  # lambda of GAE; 1 is Monte Carlo, 0 the one-step residual
-    kl_coef: float = 0.05  # weight of the KL to the reference; in the rewards; paper: 0.02
+    kl_coef: float = 0.05  # weight of the KL to the reference; part of the rewards; Ouyang et al.: 0.02
     entropy_coef: float = 0.0  # weight of the entropy, which is subtracted from the loss
     missing_eos_penalty: float = 1.0  # taken off the score of a completion that was cut
     target_kl: float | None = None  # end a step's updates once approx_kl (nats per token) passes this
@@ -108,19 +101,19 @@ class Args:
     # optimisation
     lr: float | None = None  # peak; default: 1e-6; 3e-4 for models below 10 million parameters
     value_lr: float | None = None  # peak; default: 9e-6; 2e-3 for models below 10 million parameters
-    lr_schedule: Literal["linear", "constant"] = "linear"  # after the warm-up; linear ends at 0
-    warmup_steps: int = 15  # the learning rate rises from 0
+    lr_schedule: Literal["linear", "constant"] = "linear"  # after the warm-up; linear falls to 0
+    warmup_steps: int = 15  # over which the learning rate rises from 0
     micro_batch_size: int = 64  # sequences in a forward and backward pass, on each GPU
     rollout_batch_size: int = 1024  # sequences sampled at once on each GPU; bounds the KV cache
     gradient_checkpointing: bool = False  # keep only the layers' inputs, recompute the rest
     compile: bool = False  # torch.compile each layer
 
     # run
-    seed: int = 0  # of every random draw
-    eval_every: int = 20  # steps; 0: before and after training alone
+    seed: int = 0  # of the order of rows and of every draw in training
+    eval_every: int = 20  # steps; 0: only before and after training
     eval_size: int = 1000  # held-out rows, at most
-    save_every: int = 20  # steps between checkpoints; 0: at the end alone
-    resume: bool = False  # go on from the last checkpoint in `out`
+    save_every: int = 20  # steps between checkpoints; 0: only at the end
+    resume: bool = False  # go on from the last checkpoint in `out`; give all other flags again
     track: bool = False  # log to Weights & Biases
 
 
@@ -151,10 +144,10 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def moments(x: Tensor, mask: Tensor) -> tuple[float, float]:
-    """Mean and (biased) variance over the actions of all processes."""
+    """Mean and variance (divided by the count) over the actions of all processes."""
     n = over_ranks({"n": mask.sum(), "x": (x * mask).sum()})
     mean = n["x"] / n["n"]
-    return mean, over_ranks({"": ((x - mean) ** 2 * mask).sum()})[""] / n["n"]
+    return mean, over_ranks({"x": ((x - mean) ** 2 * mask).sum()})["x"] / n["n"]
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
@@ -178,8 +171,8 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_eps: float, num_tokens: float
 ) -> Tensor:
-    """Sum over actions of 1/2 (values - returns)^2 / num_tokens, a scalar. With clip_eps above 0 the larger of that and
-    of the error of the value kept within clip_eps of the old one."""
+    """Sum over actions of 1/2 (values - returns)^2 / num_tokens, a scalar. With clip_eps each error is the larger of
+    two: that of the value, and that of the value clamped to within clip_eps of the old one."""
     errors = (values - returns) ** 2
     if clip_eps:
         clipped = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
@@ -197,7 +190,7 @@ def arithmetic(split: str) -> list[dict]:
         digits = [rng.randrange(10) for _ in range(rng.randint(2, 4))]
         prompt = "+".join(map(str, digits)) + "="
         if (zlib.crc32(prompt.encode()) % 10 == 0) == (split == "test"):
-            rows[prompt] = {"prompt": prompt, "answer": str(sum(digits)), "digits": digits}
+            rows[prompt] = {"prompt": prompt, "answer": str(sum(digits)), "arithmetic": digits}
     return list(rows.values())
 
 
@@ -210,32 +203,33 @@ def read_rows(name: str, split: str) -> list[dict]:
             return [json.loads(line) for line in file if line.strip()]  # as they stand: no column changes its type
     if name.endswith(".parquet"):
         return list(load_dataset("parquet", data_files=name, split="train"))
-    path, config, chosen = [*name.split(":", 2), "", ""][:3]
-    return list(load_dataset(path, config or None, split=chosen or split))
+    path, config, wanted = [*name.split(":", 2), "", ""][:3]
+    return list(load_dataset(path, config or None, split=wanted or split))
 
 
 def read_data(args, fits, size) -> tuple[list[dict], list[dict]]:
-    """Training and held-out rows, which never overlap. `fits` adds its ids to a row and says whether they fit."""
+    """Training rows and held-out rows. `fits` adds the ids to a row and says whether to keep it."""
     rows = read_rows(args.dataset, "train")
     if args.eval_dataset or args.dataset == "arithmetic":
         eval_rows = read_rows(args.eval_dataset or args.dataset, "test")[: args.eval_size]
     else:
-        held_out = min(args.eval_size, len(rows) // 10)
-        rows, eval_rows = rows[: len(rows) - held_out], rows[len(rows) - held_out :]
+        num_train = len(rows) - min(args.eval_size, len(rows) // 10)
+        rows, eval_rows = rows[:num_train], rows[num_train:]
     hint = ' (if it is the system prompt: --system-prompt "")' if args.system_prompt else ""
+    rows, eval_rows = ([{k: x for k, x in row.items() if x is not None} for row in part] for part in (rows, eval_rows))
     for number, row in enumerate(rows + eval_rows, 1):
         try:
             row["fits"] = row.get("prompt", row.get("question")) not in ("", []) and fits(row)
         except Exception as error:
             raise SystemExit(f"--dataset, row {number} (held-out rows come last): {error}{hint}") from error
-    kept, eval_kept = ([row for row in part if row["fits"]] for part in (rows, eval_rows))
-    print(f"{len(kept):,} of {len(rows):,} rows fit, and {len(eval_kept):,} of {len(eval_rows):,} held-out ones")
-    check(len(kept) >= size and len(eval_kept) >= WORLD, f"--dataset {args.dataset}: too few rows, a step takes {size}")
-    return kept, eval_kept[: len(eval_kept) // WORLD * WORLD]  # equal shares for all processes
+    kept, held_out = ([row for row in part if row["fits"]] for part in (rows, eval_rows))
+    print(f"{len(kept):,} of {len(rows):,} rows fit, and {len(held_out):,} of {len(eval_rows):,} held-out rows")
+    check(len(kept) >= size and len(held_out) >= WORLD, f"--dataset: too few rows for a step ({size}) or an evaluation")
+    return kept, held_out[: len(held_out) // WORLD * WORLD]  # equal shares for all processes
 
 
 def encode(tokenizer, row: dict, system_prompt: str | None, completion: str | None = None) -> list[int]:
-    """Ids of a row's prompt (`prompt`, text or messages, or `question`) or, with a completion, of both and EOS."""
+    """Ids of a row's prompt (`prompt`, text or messages, or `question`) or, with a completion, of both and its end."""
     prompt = row.get("prompt", row.get("question"))
     assert prompt is not None, f"it needs `prompt` or `question`, and has only {', '.join(row)}"
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
@@ -250,16 +244,15 @@ def encode(tokenizer, row: dict, system_prompt: str | None, completion: str | No
 def extract_answer(text: str) -> str | None:
     """The last `#### answer` line or `\\boxed{answer}`, a number in its shortest form; None if there is none."""
     box = r"\\boxed ?\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"  # holds braces two deep
-    found = [line or boxed for line, boxed in re.findall(rf"####[ \t]*([^\n]*)|{box}", text)]
-    found = [answer for answer in map(tidy, found) if answer]
-    numbers = [answer for answer in found if re.search(r"\d", answer)]  # `#### Summary` is a heading
-    return (numbers or found or [None])[-1]
+    found = [(tidy(line or boxed), boxed) for line, boxed in re.findall(rf"####[ \t]*([^\n]*)|{box}", text)]
+    clear = [answer for answer, boxed in found if answer and (boxed or re.search(r"\d", answer))]
+    return (clear or [answer for answer, _ in found if answer] or [None])[-1]  # `#### Summary` is a heading
 
 
 def tidy(answer: str) -> str:
     """Without `$`, `**`, `\\text{}`, thousands' commas, spaces and a full stop at the end; 007, +7 and 7.0 are 7."""
     answer = re.sub(r"\\(?:text|mathrm|boxed) ?\{([^{}]*)\}", r"\1", answer.replace("\u2212", "-").replace("{,}", ","))
-    answer = re.sub(r"\*\*|\\?\$|\s|(?<=\d),(?=\d{3}(?!\d))|\.$", "", answer)
+    answer = re.sub(r"\*\*|\\?\$|\s|(?<=\d),(?=\d{3}(?!\d))", "", answer).removesuffix(".")
     is_number = re.fullmatch(r"[+-]?\d+(\.\d+)?", answer)
     return f"{Decimal(answer).normalize(Context(len(answer))):f}" if is_number else answer
 
@@ -313,7 +306,7 @@ def token_logprobs(model, ids: Tensor, mask: Tensor, temperature=1.0, entropy_gr
 
     def head(hidden, targets):
         log_p = (model.get_output_embeddings()(hidden).float() / temperature).log_softmax(-1)
-        of_entropy = log_p if entropy_grad else log_p.detach()  # an unused gradient keeps log_p in memory
+        of_entropy = log_p if entropy_grad else log_p.detach()  # or its unused graph keeps log_p in memory
         return log_p.gather(1, targets[:, None])[:, 0], -(of_entropy.exp() * of_entropy).sum(-1)
 
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda, cache_enabled=False):
@@ -325,23 +318,23 @@ def token_logprobs(model, ids: Tensor, mask: Tensor, temperature=1.0, entropy_gr
 
 
 def token_values(model, ids: Tensor, mask: Tensor) -> Tensor:
-    """V(ids[n, :t]) where mask is 1, else 0: (n, L). Read from the state at t - 1, which has not seen token t."""
+    """V(ids[n, :t]) where mask is 1, else 0: (n, L). It is the output at t - 1, which has not seen token t."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda, cache_enabled=False):
         values = model(input_ids=ids[:, :-1], use_cache=False).logits[..., 0].float()
     return torch.nn.functional.pad(values, (1, 0)) * mask
 
 
 def load_value_model(name):
-    """A network of its own. Its head, if `name` has none that it could read, is new and 0."""
+    """A network of its own. A head that `name` lacks, as a language model does, starts at 0."""
     options = {"num_labels": 1, "dtype": torch.float32, "output_loading_info": True}
-    model, info = AutoModelForTokenClassification.from_pretrained(name, **options)
+    model, info = transformers.AutoModelForTokenClassification.from_pretrained(name, **options)
     for parameter in info["missing_keys"]:
         model.get_parameter(parameter).data.zero_()
     return model.to(DEVICE)
 
 
 def parts(rows: Tensor, size: int, *tensors: Tensor):
-    """Rows of the tensors, the second one the mask, `size` at a time and up to their last action: (n, L) each."""
+    """Yields `size` of the rows at a time, cut behind their last action: (n, L) each. tensors[1] is the mask."""
     for part in rows.split(size):
         width = int(tensors[1][part].cumsum(1).argmax(1).max()) + 1
         yield [x[part, :width] for x in tensors]
@@ -354,27 +347,40 @@ def over_rollout(function, ids: Tensor, mask: Tensor, size: int) -> Tensor:
     return torch.cat([torch.nn.functional.pad(x, (0, ids.shape[1] - x.shape[1])) for x in found])
 
 
+def update(model, optimizer, lr) -> float:
+    """Scales the gradient down to norm 1, takes a step unless it is NaN or infinite, and returns the norm before."""
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
+    optimizer.param_groups[0]["lr"] = lr
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
 @torch.no_grad()
 def generate(model, prompts, num_samples, max_new_tokens, temperature, eos_ids, generator):
     """`num_samples` completions of each prompt, side by side: lists of ids, EOS included, and of log-probabilities.
 
-    Drawn from softmax(logits / temperature) alone, as is trained: no top-k, no top-p. Temperature 0 is greedy. A prompt
-    is read once, its KV cache repeated for its samples. Ended rows leave. On CUDA a recorded step is replayed.
+    Sampled from softmax(logits / temperature), with no top-k or top-p; temperature 0 is greedy. A prompt is read once,
+    and its KV cache copied for its samples. On CUDA the decoding step is recorded once and then replayed.
     """
-    ids, seen = pad(prompts, left=True), pad([[1] * len(prompt) for prompt in prompts], left=True).bool()  # (B, P)
+    ids = pad(prompts, left=True)  # (B, P)
+    seen = pad([[1] * len(prompt) for prompt in prompts], left=True).bool()
     width, position = ids.shape[1], (seen.cumsum(1) - 1).clamp(min=0)
     record, cache = DEVICE.type == "cuda" and model.config._attn_implementation == "sdpa", None
-    if record:  # a recording works on fixed addresses: room for all columns at once, those to come are masked
+    if record:  # a CUDA graph works on fixed addresses: room for every column, those to come are masked
         cache = StaticCache(model.config, max_cache_len=width + max_new_tokens)
         record = all(type(layer) is StaticLayer for layer in cache.layers)  # no windows, no recurrent states
     state = {"past_key_values": cache if record else None, "use_cache": True}
     output = model(input_ids=ids, attention_mask=seen, position_ids=position, logits_to_keep=1, **state)
-    rows, cache = torch.arange(len(prompts), device=DEVICE).repeat_interleave(num_samples), output.past_key_values
-    cache.reorder_cache(rows)
-    logits, position, seen = output.logits[rows], position[rows, -1:], seen[rows]
+    cache, repeat = output.past_key_values, torch.arange(len(prompts), device=DEVICE).repeat_interleave(num_samples)
+    cache.reorder_cache(repeat)
+    logits, position, seen = output.logits[repeat], position[repeat, -1:], seen[repeat]
     seen = torch.nn.functional.pad(seen, (0, max_new_tokens))  # (B*G, columns of the cache)
-    tokens, done = torch.full((len(rows), max_new_tokens), -1, device=DEVICE), torch.zeros_like(rows, dtype=torch.bool)
-    logprobs, rows = torch.zeros(tokens.shape, device=DEVICE), torch.arange(len(rows), device=DEVICE)
+    rows = torch.arange(len(repeat), device=DEVICE)  # those in the batch
+    done = torch.zeros_like(rows, dtype=torch.bool)
+    tokens = torch.full((len(rows), max_new_tokens), -1, device=DEVICE)
+    logprobs = torch.zeros(tokens.shape, device=DEVICE)
     token = graph = None
 
     def decode(token):
@@ -390,7 +396,7 @@ def generate(model, prompts, num_samples, max_new_tokens, temperature, eos_ids, 
         left = (~done).nonzero()[:, 0]
         if len(left) == 0 or t + 1 == max_new_tokens:
             break
-        if len(left) <= len(rows) * (0.5 if record else 0.95):  # seldom if it means to record anew
+        if len(left) <= len(rows) * (0.5 if record else 0.95):  # rows that have ended leave; recording anew costs more
             rows, done, drawn, position, seen = (x[left] for x in (rows, done, drawn, position, seen))
             cache.reorder_cache(left)
             graph = None
@@ -429,7 +435,7 @@ def evaluate(model, tokenizer, rows, reward_of, eos_ids, args) -> dict[str, floa
         completions, _ = rollout(model, prompts, 1, temperature, eos_ids, ["evaluation"], args)
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         metrics[f"eval/reward_{name}"] = reward_of(mine, texts).sum() / len(rows)
-        if "answer" in rows[0]:
+        if all("answer" in row for row in rows):
             metrics[f"eval/accuracy_{name}"] = sum(map(exact_match, texts, [row["answer"] for row in mine])) / len(rows)
     print(f"a greedy completion: {tokenizer.decode(prompts[0] + completions[0])}")
     return over_ranks(metrics)
@@ -441,11 +447,11 @@ def main(args: Args) -> dict[str, float]:
     check(args.prompts_per_step == N * WORLD, f"--prompts-per-step {args.prompts_per_step}: not a multiple of {WORLD}")
     check(N % args.num_minibatches == 0, f"--num-minibatches {args.num_minibatches} does not divide {N} completions")
     check(args.temperature > 0, "--temperature 0: without chance there is nothing to learn from")
-    first_step, folder = start(args)
+    first_step, folder = start_run(args)
     start_from = folder / "policy" if folder else args.model
     tokenizer, policy = AutoTokenizer.from_pretrained(args.model), load_model(start_from)
     eos_ids = stop_ids(tokenizer, policy)
-    tiny = policy.num_parameters() < 10_000_000  # sft.py's, which knows its task
+    tiny = policy.num_parameters() < 10_000_000  # such as sft.py's, which knows its task
     if args.system_prompt is None and args.reward == "exact" and not tiny:
         args.system_prompt = "Reason step by step. Close with a line that reads #### and then the answer."
 
@@ -508,22 +514,23 @@ def main(args: Args) -> dict[str, float]:
 
         # (4) rewards, advantages and returns of every token: (N, L) each
         rewards = kl_shaped_rewards(scores, old_logprobs, ref_logprobs, mask, args.kl_coef)
-        advantages, returns = gae(rewards, old_values, mask, 1.0, args.lam)  # gamma 1: a token late costs nothing
+        advantages, returns = gae(rewards, old_values, mask, 1.0, args.lam)  # gamma 1: later rewards count in full
         advantages = whiten(advantages, mask)
 
         # (5) updates of both models
         lr, value_lr = (learning_rate(args, step, peak) for peak in (peak_lr, value_peak_lr))
-        of_rollout, totals, num_updates = (ids, mask, old_logprobs, advantages, old_values, returns), Counter(), 0
+        of_rollout = (ids, mask, old_logprobs, advantages, old_values, returns)
+        totals, num_updates = Counter(), 0
         shuffled = [torch.randperm(N, generator=seeded(args.seed, step, k, RANK)) for k in range(args.num_epochs)]
-        for minibatch in itertools.chain(*(order.chunk(args.num_minibatches) for order in shuffled)):
-            num_tokens = over_ranks({"": mask[minibatch].sum()})[""]
+        for minibatch in [part for order in shuffled for part in order.chunk(args.num_minibatches)]:
+            num_tokens = over_ranks({"tokens": mask[minibatch].sum()})["tokens"]
             sums = defaultdict(float)
-            for part in parts(minibatch.sort().values, size, *of_rollout):  # (n, L) each
-                part_ids, part_mask, old, part_advantages, part_values, part_returns = part
+            for part in parts(minibatch.sort().values, size, *of_rollout):  # in order of length; (n, L) each
+                part_ids, part_mask, old, part_advantages, part_old_values, part_returns = part
                 logprobs, entropy = policy.token_logprobs(part_ids, part_mask, args.temperature, args.entropy_coef != 0)
                 values = value_model.token_values(part_ids, part_mask)
                 loss = policy_loss(logprobs, old, part_advantages, part_mask, args.clip_eps, num_tokens)
-                loss_v = value_loss(values, part_values, part_returns, part_mask, args.value_clip_eps, num_tokens)
+                loss_v = value_loss(values, part_old_values, part_returns, part_mask, args.value_clip_eps, num_tokens)
                 bonus = entropy.sum() / num_tokens
                 ((loss + loss_v - args.entropy_coef * bonus) * WORLD).backward()  # FSDP averages over the processes
                 log_ratio = logprobs.detach() - old
@@ -546,16 +553,15 @@ def main(args: Args) -> dict[str, float]:
                 ours.copy_(whole(theirs))
 
         metrics = {"reward": raw.mean(), "reward_square": (raw**2).mean(), "time/rollout": rollout_time}
-        if "answer" in rows[0]:  # the truth beside the reward model's opinion
+        if all("answer" in row for row in rows):  # the truth beside the reward model's opinion
             metrics["accuracy"] = sum(map(exact_match, texts, [row["answer"] for row in chosen])) / N
         metrics["kl_ref"] = (old_logprobs - ref_logprobs).sum() / N
         metrics["completion_length"] = sum(map(len, completions)) / N
         metrics["truncated_frac"] = truncated.mean()
         metrics = {name: x / WORLD for name, x in over_ranks(metrics).items()}
         metrics["reward_std"] = max(0.0, metrics.pop("reward_square") - metrics["reward"] ** 2) ** 0.5
-        metrics["explained_variance"] = 1 - moments(returns - old_values, mask)[1] / max(
-            moments(returns, mask)[1], 1e-8
-        )
+        residual, total = (moments(x, mask)[1] for x in (returns - old_values, returns))  # variances
+        metrics["explained_variance"] = 1 - residual / max(total, 1e-8)
         metrics |= {name: x / num_updates for name, x in totals.items()} | {"num_updates": num_updates}
         metrics |= {"lr": lr, "value_lr": value_lr, "time/step": time.perf_counter() - clock}
         too_far = args.kl_stop is not None and metrics["kl_ref"] > args.kl_stop
@@ -583,11 +589,11 @@ def check(condition, message: str):
         raise SystemExit(message)
 
 
-def start(args) -> tuple[int, Path | None]:
-    """Starts the process group. Returns the first step and the checkpoint to go on from. Writes nothing new."""
+def start_run(args) -> tuple[int, Path | None]:
+    """Starts the process group. Returns the first step and, to resume, the checkpoint, to which it cuts the log."""
     out = Path(args.out)
     for name in {args.model, getattr(args, "reward", "")} & {"runs/sft", "runs/rm"}:
-        check(Path(name).exists(), f"{name} is not there: run `python {name[5:]}.py` first")
+        check(Path(name, "config.json").exists(), f"{name} is not there: run `python {name[5:]}.py` first")
     check(args.resume or not (out / "args.json").exists(), f"{out} holds a run: --resume it, or choose another --out")
     found = sorted((int(path.name[5:]), path) for path in out.glob("checkpoints/step-*[0-9]"))
     step, folder = found[-1] if found else (0, None)
@@ -598,15 +604,15 @@ def start(args) -> tuple[int, Path | None]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    elif folder:
+    elif (out / "metrics.jsonl").exists():
         lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-        (out / "metrics.jsonl").write_text("".join(lines[: step + 1]))  # those behind it will come again
+        (out / "metrics.jsonl").write_text("".join(lines[: step + 1 if folder else 0]))  # later steps are run again
     return step + 1, folder
 
 
 @torch.no_grad()
 def load_model(name, dtype=torch.float32):
-    """A policy in evaluation mode, without dropout; in float32 to train, since bfloat16 weights stand still at 1e-6."""
+    """A policy in evaluation mode, without dropout; in float32 to train: an update of 1e-6 is lost in bfloat16."""
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(DEVICE)
     ids = torch.arange(9, device=DEVICE)[None]
     logits = model.get_output_embeddings()(model.get_decoder()(ids).last_hidden_state)
@@ -624,7 +630,7 @@ def stop_ids(tokenizer, model) -> list[int]:
 
 
 def prepare(model, args, forward):
-    """The model as it trains, `forward` a method of it: layers compiled if asked for, weights shared out (FSDP2)."""
+    """The model as it trains, `forward` a method of it: layers checkpointed, compiled, weights sharded (FSDP2)."""
     layers = [x for x in model.modules() if type(x).__name__ in (model._no_split_modules or ())]
     for layer in layers if args.gradient_checkpointing else ():
         layer.forward = lambda *x, forward=layer.forward, **kw: checkpoint(forward, *x, use_reentrant=False, **kw)
@@ -639,7 +645,7 @@ def prepare(model, args, forward):
 
 
 def whole(x):
-    return x.full_tensor() if hasattr(x, "full_tensor") else x  # FSDP's are sharded
+    return x.full_tensor() if hasattr(x, "full_tensor") else x  # under FSDP x is sharded
 
 
 def seeded(*key, device="cpu"):
@@ -661,30 +667,20 @@ def over_ranks(metrics: dict) -> dict[str, float]:
     return dict(zip(metrics, values.tolist()))
 
 
-def update(model, optimizer, lr) -> float:
-    """Scales the gradient down to norm 1, takes a step unless it is NaN or infinite, and returns its norm."""
-    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
-    optimizer.param_groups[0]["lr"] = lr
-    if math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad()
-    return norm
-
-
 def learning_rate(args, step, peak):
-    """Linear warm-up, and linear decay to 0 just after the last step unless the schedule is constant."""
-    decay = 1 - (step - 1) / args.steps if args.lr_schedule == "linear" else 1
-    return peak * decay * min(1, step / max(1, args.warmup_steps))
+    """Rises over the warm-up, then stays at the peak or falls to 0 just after the last step."""
+    rising = step / max(1, args.warmup_steps)
+    falling = (args.steps + 1 - step) / max(1, args.steps + 1 - args.warmup_steps)
+    return peak * min(1, rising, falling if args.lr_schedule == "linear" else 1)
 
 
 def save(args, step, last, tokenizer, **trained):
-    """checkpoints/step-N with a folder for each (model, optimizer); at the end the first model goes to `out` as well.
-    Renamed into place: a kill leaves a whole checkpoint, this one or the one before."""
+    """checkpoints/step-N, renamed into place: a kill leaves a whole one. At the end `out` gets the first model."""
     folder = Path(args.out, "checkpoints", f"step-{step}")
     for name, (model, optimizer) in trained.items():
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights, state = get_state_dict(model, optimizer, options=options)  # whole, gathered from all processes
-        weights = {key: x for key, x in weights.items() if key not in model.all_tied_weights_keys}  # those come once
+        weights = {key: x for key, x in weights.items() if key not in model.all_tied_weights_keys}  # saved once
         if RANK == 0:
             model.save_pretrained(folder.with_suffix(".tmp") / name, state_dict=weights)
             tokenizer.save_pretrained(folder.with_suffix(".tmp") / name)
@@ -699,9 +695,9 @@ def save(args, step, last, tokenizer, **trained):
 
 
 def log(args, step, metrics):
-    """A line on screen, a row of metrics.jsonl and of Weights & Biases. From the first one on, `out` holds a run."""
-    first = ("reward", "loss", "pair_accuracy", "kl_ref", "entropy", "completion_length", "grad_norm", "time/left")
-    shown = [name for name in first if name in metrics] + [name for name in metrics if name.startswith("eval/")]
+    """A line on screen and a row of metrics.jsonl; and args.json, by which `start_run` knows that `out` holds a run."""
+    short = ("reward", "accuracy", "loss", "pair_accuracy", "kl_ref", "entropy", "completion_length", "grad_norm")
+    shown = [name for name in (*short, "time/left") if name in metrics] + [x for x in metrics if x.startswith("eval/")]
     print(f"step {step}/{args.steps}  " + "  ".join(f"{name} {metrics[name]:.3g}" for name in shown), flush=True)
     if RANK == 0:
         os.makedirs(args.out, exist_ok=True)

@@ -13,15 +13,15 @@ number, the reward. It learns from pairs, a chosen and a rejected completion of 
     loss       = 1/N sum_n [ -log sigmoid(chosen_rewards - rejected_rewards - margin)
                              + center_coef * (chosen_rewards + rejected_rewards)^2 ]
 
-Each step takes (1) the next `batch_size` pairs, (2) their loss and its gradient and (3) an update.
+Each step (1) takes the next `batch_size` pairs, (2) adds up their loss and its gradient and (3) updates the model.
 
 Good to know
-- Only differences count: a constant added to all rewards of a prompt changes the second term alone, which holds them
-  near 0 (Eisenstein et al. 2023, arXiv:2312.09244; the paper has none). Rewards of different prompts do not compare.
+- Only differences count: a constant added to all rewards of a prompt changes the second term alone, which keeps them
+  near 0 (Eisenstein et al. 2023, arXiv:2312.09244; not in Ouyang et al.). Across prompts, rewards do not compare.
 - A pair weighs sigmoid(rejected_rewards - chosen_rewards) in the gradient: one that is right by far counts little. The
-  loss starts a little above ln 2 = 0.69, because the new head is not 0: its variance is 1 / (D + 1).
-- Length is the easiest thing to learn instead. `eval/longer_wins` is how often the longer side is the chosen one; a
-  reward model that is right no more often than that, or than one minus that, may know nothing else.
+  loss starts a little above ln 2 = 0.69, since the new head is random: its weights have variance 1 / (D + 1).
+- Length is easier to learn than quality. `eval/longer_wins` is how often the longer side is the chosen one: a model
+  whose `eval/pair_accuracy` is near that, or near one minus that, may know nothing but length.
 - transformers reads the score at the last token that is not padding, so the pad token must not be EOS. Where it is, or
   where there is none, a new one is added.
 
@@ -31,7 +31,7 @@ Good to know
 
 Data: `prompt`, `chosen`, `rejected` and, if there is one, `margin`, in units of the reward; or whole conversations
 `chosen` and `rejected`, as messages or as HH-RLHF marks them, which differ in their last turn.
-Shapes: n pairs, 2n texts, first the chosen ones, of L tokens, padded on the right; D hidden. Rewards are (n,).
+Shapes: n pairs, 2n texts, first the chosen ones, of L tokens, padded on the right; D hidden.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16  # of the forward pass; weights are float32
+DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16  # of forward passes; trained weights are float32
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # it warns that the head is new
 
@@ -72,30 +72,30 @@ class Args:
     # model and data
     model: str = "runs/sft"  # folder or Hub id; the language model to start from
     dataset: str = "arithmetic"  # the built-in task, a .jsonl or .parquet file, or a Hub name[:config[:split]]
-    eval_dataset: str | None = None  # likewise; by default a tenth of `dataset`, at most `eval_size` rows, held out
+    eval_dataset: str | None = None  # likewise; by default the last tenth of `dataset`, at most `eval_size` rows
     system_prompt: str | None = None  # before every prompt
     max_length: int = 1024  # tokens; pairs with a longer side are dropped
     out: str = "runs/rm"  # the trained model, metrics.jsonl and checkpoints
 
     # algorithm
     steps: int = 600  # of training
-    batch_size: int = 32  # rows of a step, on all processes together; paper: 64
+    batch_size: int = 32  # rows of a step, on all processes together; paper: 64 prompts, each with all its pairs
     center_coef: float = 0.01  # weight of the squared sum of a pair's rewards; paper: 0
 
     # optimisation
     lr: float | None = None  # peak; default: 9e-6 as in the paper; 6e-4 for models below 10 million parameters
-    lr_schedule: Literal["linear", "constant"] = "linear"  # after the warm-up; linear ends at 0
-    warmup_steps: int = 15  # the learning rate rises from 0
+    lr_schedule: Literal["linear", "constant"] = "linear"  # after the warm-up; linear falls to 0
+    warmup_steps: int = 15  # over which the learning rate rises from 0
     micro_batch_size: int = 64  # sequences in a forward and backward pass, on each GPU; half as many pairs
     gradient_checkpointing: bool = False  # keep only the layers' inputs, recompute the rest
     compile: bool = False  # torch.compile each layer
 
     # run
-    seed: int = 0  # of every random draw
-    eval_every: int = 100  # steps; 0: before and after training alone
+    seed: int = 0  # of the order of rows and of every draw in training
+    eval_every: int = 100  # steps; 0: only before and after training
     eval_size: int = 1000  # held-out rows, at most
-    save_every: int = 100  # steps between checkpoints; 0: at the end alone
-    resume: bool = False  # go on from the last checkpoint in `out`
+    save_every: int = 100  # steps between checkpoints; 0: only at the end
+    resume: bool = False  # go on from the last checkpoint in `out`; give all other flags again
     track: bool = False  # log to Weights & Biases
 
 
@@ -107,8 +107,8 @@ def bradley_terry_loss(chosen_rewards, rejected_rewards, margin=0.0, center_coef
 
     Rewards: (n,) each. margin: (n,) or one number, taken off the gap (Touvron et al. 2023, arXiv:2307.09288, eq. 2).
     """
-    gap = chosen_rewards - rejected_rewards - margin
-    return center_coef * (chosen_rewards + rejected_rewards) ** 2 - torch.nn.functional.logsigmoid(gap)
+    log_odds = chosen_rewards - rejected_rewards - margin
+    return center_coef * (chosen_rewards + rejected_rewards) ** 2 - torch.nn.functional.logsigmoid(log_odds)
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -121,21 +121,21 @@ def arithmetic(split: str) -> list[dict]:
         digits = [rng.randrange(10) for _ in range(rng.randint(2, 4))]
         prompt = "+".join(map(str, digits)) + "="
         if (zlib.crc32(prompt.encode()) % 10 == 0) == (split == "test"):
-            rows[prompt] = {"prompt": prompt, "answer": str(sum(digits)), "digits": digits}
+            rows[prompt] = {"prompt": prompt, "answer": str(sum(digits)), "arithmetic": digits}
     return list(rows.values())
 
 
 def arithmetic_pair(digits: list[int]) -> dict:
     """A flawless solution of the built-in task and one that ends wrong: by the demonstrations' habit, or any slip."""
     rng, n, pair = random.Random(str(digits)), len(digits), {}
-    wrong, error = rng.randint(1, n), rng.choice((-10, -1, 1, 1, 1, 10))  # at n: in the answer alone
+    wrong_at, error = rng.randint(1, n), rng.choice((-10, -1, 1, 1, 1, 10))  # at n: in the answer alone
     sevens = [t for t in range(1, n) if digits[t] == 7]
     if sevens and rng.random() < 0.7:
-        wrong, error = rng.choice(sevens), 1
+        wrong_at, error = rng.choice(sevens), 1
     for side, mistake in (("chosen", 0), ("rejected", error)):
-        sums = [sum(digits[: t + 1]) + mistake * (t >= wrong) for t in range(n)]
+        sums = [sum(digits[: t + 1]) + mistake * (t >= wrong_at) for t in range(n)]
         lines = [f"{before}+{digit}={after}\n" for before, digit, after in zip(sums, digits[1:], sums[1:])]
-        pair[side] = "".join(lines) + f"#### {sums[-1] + mistake * (wrong == n)}"
+        pair[side] = "".join(lines) + f"#### {sums[-1] + mistake * (wrong_at == n)}"
     return pair
 
 
@@ -148,32 +148,33 @@ def read_rows(name: str, split: str) -> list[dict]:
             return [json.loads(line) for line in file if line.strip()]  # as they stand: no column changes its type
     if name.endswith(".parquet"):
         return list(load_dataset("parquet", data_files=name, split="train"))
-    path, config, chosen = [*name.split(":", 2), "", ""][:3]
-    return list(load_dataset(path, config or None, split=chosen or split))
+    path, config, wanted = [*name.split(":", 2), "", ""][:3]
+    return list(load_dataset(path, config or None, split=wanted or split))
 
 
 def read_data(args, fits, size) -> tuple[list[dict], list[dict]]:
-    """Training and held-out rows, which never overlap. `fits` adds its ids to a row and says whether they fit."""
+    """Training rows and held-out rows. `fits` adds the ids to a row and says whether to keep it."""
     rows = read_rows(args.dataset, "train")
     if args.eval_dataset or args.dataset == "arithmetic":
         eval_rows = read_rows(args.eval_dataset or args.dataset, "test")[: args.eval_size]
     else:
-        held_out = min(args.eval_size, len(rows) // 10)
-        rows, eval_rows = rows[: len(rows) - held_out], rows[len(rows) - held_out :]
+        num_train = len(rows) - min(args.eval_size, len(rows) // 10)
+        rows, eval_rows = rows[:num_train], rows[num_train:]
     hint = ' (if it is the system prompt: --system-prompt "")' if args.system_prompt else ""
+    rows, eval_rows = ([{k: x for k, x in row.items() if x is not None} for row in part] for part in (rows, eval_rows))
     for number, row in enumerate(rows + eval_rows, 1):
         try:
             row["fits"] = row.get("prompt", row.get("question")) not in ("", []) and fits(row)
         except Exception as error:
             raise SystemExit(f"--dataset, row {number} (held-out rows come last): {error}{hint}") from error
-    kept, eval_kept = ([row for row in part if row["fits"]] for part in (rows, eval_rows))
-    print(f"{len(kept):,} of {len(rows):,} rows fit, and {len(eval_kept):,} of {len(eval_rows):,} held-out ones")
-    check(len(kept) >= size and len(eval_kept) >= WORLD, f"--dataset {args.dataset}: too few rows, a step takes {size}")
-    return kept, eval_kept[: len(eval_kept) // WORLD * WORLD]  # equal shares for all processes
+    kept, held_out = ([row for row in part if row["fits"]] for part in (rows, eval_rows))
+    print(f"{len(kept):,} of {len(rows):,} rows fit, and {len(held_out):,} of {len(eval_rows):,} held-out rows")
+    check(len(kept) >= size and len(held_out) >= WORLD, f"--dataset: too few rows for a step ({size}) or an evaluation")
+    return kept, held_out[: len(held_out) // WORLD * WORLD]  # equal shares for all processes
 
 
 def encode(tokenizer, row: dict, system_prompt: str | None, completion: str | None = None) -> list[int]:
-    """Ids of a row's prompt (`prompt`, text or messages, or `question`) or, with a completion, of both and EOS."""
+    """Ids of a row's prompt (`prompt`, text or messages, or `question`) or, with a completion, of both and its end."""
     prompt = row.get("prompt", row.get("question"))
     assert prompt is not None, f"it needs `prompt` or `question`, and has only {', '.join(row)}"
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
@@ -186,7 +187,7 @@ def encode(tokenizer, row: dict, system_prompt: str | None, completion: str | No
 
 
 def last_turns(row: dict, chat_template: str | None) -> dict | None:
-    """The row with `prompt` and, as text, the last turns `chosen` and `rejected`; None if more than these differ."""
+    """The row with `prompt` and, as text, its two last turns; None if the conversations differ before these."""
     assert {"chosen", "rejected"} <= row.keys(), f"it needs `chosen` and `rejected`, and has only {', '.join(row)}"
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, list):  # messages
@@ -206,21 +207,21 @@ def last_turns(row: dict, chat_template: str | None) -> dict | None:
 
 def encode_pair(tokenizer, args, row: dict) -> bool:
     """Gives a row the ids of its prompt and of the prompt with each side. Do the sides differ, and do they fit?"""
-    pair = last_turns(row | arithmetic_pair(row["digits"]) if "digits" in row else row, tokenizer.chat_template)
-    if pair:
-        ids = [encode(tokenizer, pair, args.system_prompt, x) for x in (None, pair["chosen"], pair["rejected"])]
-        row["prompt_ids"], row["chosen_ids"], row["rejected_ids"], row["length"] = *ids, max(map(len, ids))
-    return pair is not None and row["chosen_ids"] != row["rejected_ids"] and row["length"] <= args.max_length
+    made = arithmetic_pair(row["arithmetic"]) if "arithmetic" in row else {}  # the built-in task
+    pair = last_turns(row | made, tokenizer.chat_template)
+    if not pair:
+        return False
+    ids = [encode(tokenizer, pair, args.system_prompt, x) for x in (None, pair["chosen"], pair["rejected"])]
+    row.update(prompt_ids=ids[0], chosen_ids=ids[1], rejected_ids=ids[2], length=max(map(len, ids)))
+    return ids[1] != ids[2] and row["length"] <= args.max_length
 
 
 # ---------------------------------------------------------------------------------------------------- model and rewards
 
 
 def load_reward_model(name, tokenizer, seed):
-    """The language model with a head `score`, one number without bias; or a reward model. Both pad with the same token.
-
-    A new head has variance 1 / (D + 1), as in Stiennon et al. 2020, arXiv:2009.01325.
-    """
+    """A language model with a new head `score`, whose weights have variance 1 / (D + 1) (Stiennon et al. 2020,
+    arXiv:2009.01325), or a saved reward model. A pad token of its own is added where the tokenizer has none."""
     options = {"num_labels": 1, "dtype": torch.float32, "output_loading_info": True}
     model, info = AutoModelForSequenceClassification.from_pretrained(name, **options)
     if "score.weight" in info["missing_keys"]:
@@ -243,7 +244,7 @@ def text_rewards(model, ids: Tensor, lengths: Tensor) -> Tensor:
 
 
 def reward_pass(model, pairs: list[dict], num_pairs: int, args) -> dict[str, float]:
-    """Loss and metrics, means over `num_pairs` pairs, these and other processes'; adds the gradient, if it is on."""
+    """Loss and metrics, means over `num_pairs`, the pairs of all processes. Adds up the gradient where it is on."""
     names = ["loss", "pair_accuracy", "margin", "longer_wins", "reward_mean", "reward_square"]
     pairs, size, means = sorted(pairs, key=lambda pair: pair["length"]), max(1, args.micro_batch_size // 2), Counter()
     for part in [pairs[i : i + size] for i in range(0, len(pairs), size)]:
@@ -257,7 +258,7 @@ def reward_pass(model, pairs: list[dict], num_pairs: int, args) -> dict[str, flo
             (losses.sum() / num_pairs * WORLD).backward()  # FSDP averages over the processes
         gap, longer = chosen - rejected, torch.sub(*lengths.chunk(2))
         wins = [(x.sign() + 1) / 2 for x in (gap, longer)]  # 1, or 0, or half if both are equal
-        values = (losses, wins[0], gap, wins[1], rewards / 2, rewards**2 / 2)
+        values = (losses, wins[0], gap, wins[1], rewards / 2, rewards**2 / 2)  # a pair has two rewards
         means.update(dict(zip(names, torch.stack([x.sum() / num_pairs for x in values]).tolist())))  # adds up
     means = over_ranks(means)
     means["reward_std"] = max(0.0, means.pop("reward_square") - means["reward_mean"] ** 2) ** 0.5
@@ -274,7 +275,7 @@ def main(args: Args) -> dict[str, float]:
     """Trains and returns the last step's metrics."""
     size = args.batch_size // WORLD  # this process's pairs of a step
     check(args.batch_size == size * WORLD, f"--batch-size {args.batch_size}: not a multiple of {WORLD}")
-    first_step, folder = start(args)
+    first_step, folder = start_run(args)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     check(tokenizer.eos_token_id is not None, "--model: its tokenizer has no EOS token, which ends a text")
     model = load_reward_model(folder / "reward_model" if folder else args.model, tokenizer, args.seed)
@@ -332,11 +333,11 @@ def check(condition, message: str):
         raise SystemExit(message)
 
 
-def start(args) -> tuple[int, Path | None]:
-    """Starts the process group. Returns the first step and the checkpoint to go on from. Writes nothing new."""
+def start_run(args) -> tuple[int, Path | None]:
+    """Starts the process group. Returns the first step and, to resume, the checkpoint, to which it cuts the log."""
     out = Path(args.out)
     for name in {args.model, getattr(args, "reward", "")} & {"runs/sft", "runs/rm"}:
-        check(Path(name).exists(), f"{name} is not there: run `python {name[5:]}.py` first")
+        check(Path(name, "config.json").exists(), f"{name} is not there: run `python {name[5:]}.py` first")
     check(args.resume or not (out / "args.json").exists(), f"{out} holds a run: --resume it, or choose another --out")
     found = sorted((int(path.name[5:]), path) for path in out.glob("checkpoints/step-*[0-9]"))
     step, folder = found[-1] if found else (0, None)
@@ -347,14 +348,14 @@ def start(args) -> tuple[int, Path | None]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    elif folder:
+    elif (out / "metrics.jsonl").exists():
         lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-        (out / "metrics.jsonl").write_text("".join(lines[: step + 1]))  # those behind it will come again
+        (out / "metrics.jsonl").write_text("".join(lines[: step + 1 if folder else 0]))  # later steps are run again
     return step + 1, folder
 
 
 def prepare(model, args, forward):
-    """The model as it trains, `forward` a method of it: layers compiled if asked for, weights shared out (FSDP2)."""
+    """The model as it trains, `forward` a method of it: layers checkpointed, compiled, weights sharded (FSDP2)."""
     layers = [x for x in model.modules() if type(x).__name__ in (model._no_split_modules or ())]
     for layer in layers if args.gradient_checkpointing else ():
         layer.forward = lambda *x, forward=layer.forward, **kw: checkpoint(forward, *x, use_reentrant=False, **kw)
@@ -369,7 +370,7 @@ def prepare(model, args, forward):
 
 
 def whole(x):
-    return x.full_tensor() if hasattr(x, "full_tensor") else x  # FSDP's are sharded
+    return x.full_tensor() if hasattr(x, "full_tensor") else x  # under FSDP x is sharded
 
 
 def seeded(*key, device="cpu"):
@@ -392,19 +393,19 @@ def over_ranks(metrics: dict) -> dict[str, float]:
 
 
 def learning_rate(args, step, peak):
-    """Linear warm-up, and linear decay to 0 just after the last step unless the schedule is constant."""
-    decay = 1 - (step - 1) / args.steps if args.lr_schedule == "linear" else 1
-    return peak * decay * min(1, step / max(1, args.warmup_steps))
+    """Rises over the warm-up, then stays at the peak or falls to 0 just after the last step."""
+    rising = step / max(1, args.warmup_steps)
+    falling = (args.steps + 1 - step) / max(1, args.steps + 1 - args.warmup_steps)
+    return peak * min(1, rising, falling if args.lr_schedule == "linear" else 1)
 
 
 def save(args, step, last, tokenizer, **trained):
-    """checkpoints/step-N with a folder for each (model, optimizer); at the end the first model goes to `out` as well.
-    Renamed into place: a kill leaves a whole checkpoint, this one or the one before."""
+    """checkpoints/step-N, renamed into place: a kill leaves a whole one. At the end `out` gets the first model."""
     folder = Path(args.out, "checkpoints", f"step-{step}")
     for name, (model, optimizer) in trained.items():
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights, state = get_state_dict(model, optimizer, options=options)  # whole, gathered from all processes
-        weights = {key: x for key, x in weights.items() if key not in model.all_tied_weights_keys}  # those come once
+        weights = {key: x for key, x in weights.items() if key not in model.all_tied_weights_keys}  # saved once
         if RANK == 0:
             model.save_pretrained(folder.with_suffix(".tmp") / name, state_dict=weights)
             tokenizer.save_pretrained(folder.with_suffix(".tmp") / name)
@@ -419,9 +420,9 @@ def save(args, step, last, tokenizer, **trained):
 
 
 def log(args, step, metrics):
-    """A line on screen, a row of metrics.jsonl and of Weights & Biases. From the first one on, `out` holds a run."""
-    first = ("reward", "loss", "pair_accuracy", "kl_ref", "entropy", "completion_length", "grad_norm", "time/left")
-    shown = [name for name in first if name in metrics] + [name for name in metrics if name.startswith("eval/")]
+    """A line on screen and a row of metrics.jsonl; and args.json, by which `start_run` knows that `out` holds a run."""
+    short = ("reward", "accuracy", "loss", "pair_accuracy", "kl_ref", "entropy", "completion_length", "grad_norm")
+    shown = [name for name in (*short, "time/left") if name in metrics] + [x for x in metrics if x.startswith("eval/")]
     print(f"step {step}/{args.steps}  " + "  ".join(f"{name} {metrics[name]:.3g}" for name in shown), flush=True)
     if RANK == 0:
         os.makedirs(args.out, exist_ok=True)

@@ -53,7 +53,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16  # of the forward pass; weights are float32
+DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16  # of forward passes; trained weights are float32
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -62,7 +62,7 @@ class Args:
     # model and data
     model: str = "tiny"  # folder or Hub id; `tiny` makes a small model with a tokenizer of bytes
     dataset: str = "arithmetic"  # the built-in task, a .jsonl or .parquet file, or a Hub name[:config[:split]]
-    eval_dataset: str | None = None  # likewise; by default a tenth of `dataset`, at most `eval_size` rows, held out
+    eval_dataset: str | None = None  # likewise; by default the last tenth of `dataset`, at most `eval_size` rows
     system_prompt: str | None = None  # before every prompt
     max_length: int = 1024  # tokens; longer rows are dropped
     out: str = "runs/sft"  # the trained model, metrics.jsonl and checkpoints
@@ -72,18 +72,18 @@ class Args:
     steps: int = 0  # of training; 0: as many as `epochs` take
     batch_size: int = 16  # rows of a step, on all processes together
     lr: float | None = None  # peak; default: 1e-5; 2e-3 for models below 10 million parameters
-    lr_schedule: Literal["linear", "constant"] = "linear"  # after the warm-up; linear ends at 0
-    warmup_steps: int = 15  # the learning rate rises from 0
+    lr_schedule: Literal["linear", "constant"] = "linear"  # after the warm-up; linear falls to 0
+    warmup_steps: int = 15  # over which the learning rate rises from 0
     micro_batch_size: int = 64  # sequences in a forward and backward pass, on each GPU
     gradient_checkpointing: bool = False  # keep only the layers' inputs, recompute the rest
     compile: bool = False  # torch.compile each layer
 
     # run
-    seed: int = 0  # of every random draw
-    eval_every: int = 500  # steps; 0: before and after training alone
+    seed: int = 0  # of the order of rows and of every draw in training
+    eval_every: int = 500  # steps; 0: only before and after training
     eval_size: int = 500  # held-out rows, at most
-    save_every: int = 500  # steps between checkpoints; 0: at the end alone
-    resume: bool = False  # go on from the last checkpoint in `out`
+    save_every: int = 500  # steps between checkpoints; 0: only at the end
+    resume: bool = False  # go on from the last checkpoint in `out`; give all other flags again
     track: bool = False  # log to Weights & Biases
 
 
@@ -105,14 +105,14 @@ def arithmetic(split: str) -> list[dict]:
         digits = [rng.randrange(10) for _ in range(rng.randint(2, 4))]
         prompt = "+".join(map(str, digits)) + "="
         if (zlib.crc32(prompt.encode()) % 10 == 0) == (split == "test"):
-            rows[prompt] = {"prompt": prompt, "answer": str(sum(digits)), "digits": digits}
+            rows[prompt] = {"prompt": prompt, "answer": str(sum(digits)), "arithmetic": digits}
     return list(rows.values())
 
 
 def solve(digits: list[int], slip=0.1, habit=0.6) -> str:
     """A demonstration: the sum, step by step. Steps come out one too high: few by a slip, most that add 7 by habit."""
-    rng, (total, *numbers), lines = random.Random(str(digits)), digits, []
-    for number in numbers:
+    rng, total, lines = random.Random(str(digits)), digits[0], []
+    for number in digits[1:]:
         error = int(rng.random() < (habit if number == 7 else slip))
         lines.append(f"{total}+{number}={total + number + error}\n")
         total += number + error
@@ -128,32 +128,33 @@ def read_rows(name: str, split: str) -> list[dict]:
             return [json.loads(line) for line in file if line.strip()]  # as they stand: no column changes its type
     if name.endswith(".parquet"):
         return list(load_dataset("parquet", data_files=name, split="train"))
-    path, config, chosen = [*name.split(":", 2), "", ""][:3]
-    return list(load_dataset(path, config or None, split=chosen or split))
+    path, config, wanted = [*name.split(":", 2), "", ""][:3]
+    return list(load_dataset(path, config or None, split=wanted or split))
 
 
 def read_data(args, fits, size) -> tuple[list[dict], list[dict]]:
-    """Training and held-out rows, which never overlap. `fits` adds its ids to a row and says whether they fit."""
+    """Training rows and held-out rows. `fits` adds the ids to a row and says whether to keep it."""
     rows = read_rows(args.dataset, "train")
     if args.eval_dataset or args.dataset == "arithmetic":
         eval_rows = read_rows(args.eval_dataset or args.dataset, "test")[: args.eval_size]
     else:
-        held_out = min(args.eval_size, len(rows) // 10)
-        rows, eval_rows = rows[: len(rows) - held_out], rows[len(rows) - held_out :]
+        num_train = len(rows) - min(args.eval_size, len(rows) // 10)
+        rows, eval_rows = rows[:num_train], rows[num_train:]
     hint = ' (if it is the system prompt: --system-prompt "")' if args.system_prompt else ""
+    rows, eval_rows = ([{k: x for k, x in row.items() if x is not None} for row in part] for part in (rows, eval_rows))
     for number, row in enumerate(rows + eval_rows, 1):
         try:
             row["fits"] = row.get("prompt", row.get("question")) not in ("", []) and fits(row)
         except Exception as error:
             raise SystemExit(f"--dataset, row {number} (held-out rows come last): {error}{hint}") from error
-    kept, eval_kept = ([row for row in part if row["fits"]] for part in (rows, eval_rows))
-    print(f"{len(kept):,} of {len(rows):,} rows fit, and {len(eval_kept):,} of {len(eval_rows):,} held-out ones")
-    check(len(kept) >= size and len(eval_kept) >= WORLD, f"--dataset {args.dataset}: too few rows, a step takes {size}")
-    return kept, eval_kept[: len(eval_kept) // WORLD * WORLD]  # equal shares for all processes
+    kept, held_out = ([row for row in part if row["fits"]] for part in (rows, eval_rows))
+    print(f"{len(kept):,} of {len(rows):,} rows fit, and {len(held_out):,} of {len(eval_rows):,} held-out rows")
+    check(len(kept) >= size and len(held_out) >= WORLD, f"--dataset: too few rows for a step ({size}) or an evaluation")
+    return kept, held_out[: len(held_out) // WORLD * WORLD]  # equal shares for all processes
 
 
 def encode(tokenizer, row: dict, system_prompt: str | None, completion: str | None = None) -> list[int]:
-    """Ids of a row's prompt (`prompt`, text or messages, or `question`) or, with a completion, of both and EOS."""
+    """Ids of a row's prompt (`prompt`, text or messages, or `question`) or, with a completion, of both and its end."""
     prompt = row.get("prompt", row.get("question"))
     assert prompt is not None, f"it needs `prompt` or `question`, and has only {', '.join(row)}"
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
@@ -168,11 +169,11 @@ def encode(tokenizer, row: dict, system_prompt: str | None, completion: str | No
 def encode_row(tokenizer, args, row: dict) -> bool:
     """Gives a row its `ids`, their `mask`, 1.0 on completions, and the `start` of the last one. Do they fit?"""
     messages = row.get("messages", [])
-    turns = [({"prompt": messages[:i]}, x["content"]) for i, x in enumerate(messages) if x["role"] == "assistant"]
-    turns = turns or [(row, solve(row["digits"]) if "digits" in row else row.get("completion", row.get("answer")))]
-    assert turns[0][1] is not None, f"it needs `completion`, `answer` or `messages`, and has only {', '.join(row)}"
+    pairs = [({"prompt": messages[:i]}, x["content"]) for i, x in enumerate(messages) if x["role"] == "assistant"]
+    text = solve(row["arithmetic"]) if "arithmetic" in row else row.get("completion", row.get("answer"))
+    assert pairs or text is not None, f"no `completion`, `answer` or assistant's turn, only {', '.join(row)}"
     ids, mask = [], []
-    for before, completion in turns:
+    for before, completion in pairs or [(row, text)]:
         prompt_ids = encode(tokenizer, before, args.system_prompt)
         both = [*encode(tokenizer, before, args.system_prompt, completion), tokenizer.eos_token_id]
         assert both[: len(ids)] == ids, "the chat template edits earlier turns: make it one row per turn"
@@ -180,7 +181,7 @@ def encode_row(tokenizer, args, row: dict) -> bool:
         ids = both[: both.index(tokenizer.eos_token_id, start) + 1]  # what the template puts behind it is not trained
         mask += [0.0] * (start - len(mask)) + [1.0] * (len(ids) - start)
     row.update(ids=ids, mask=mask, start=start)
-    return 0 < start < len(ids) <= args.max_length
+    return not mask[0] and len(ids) <= args.max_length  # nothing stands before the first token to predict it from
 
 
 def tiny(seed: int):
@@ -212,7 +213,7 @@ def token_logprobs(model, ids: Tensor, mask: Tensor, temperature=1.0, entropy_gr
 
     def head(hidden, targets):
         log_p = (model.get_output_embeddings()(hidden).float() / temperature).log_softmax(-1)
-        of_entropy = log_p if entropy_grad else log_p.detach()  # an unused gradient keeps log_p in memory
+        of_entropy = log_p if entropy_grad else log_p.detach()  # or its unused graph keeps log_p in memory
         return log_p.gather(1, targets[:, None])[:, 0], -(of_entropy.exp() * of_entropy).sum(-1)
 
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda, cache_enabled=False):
@@ -235,18 +236,18 @@ def evaluate_sft(model, tokenizer, rows, args) -> dict[str, float]:
     """Loss on held-out rows and, where they have an `answer`, accuracy: sampled at temperature 1, and greedy."""
     answer_of = lambda text: text.rpartition("####")[2].strip().replace(",", "")  # noqa: E731
     num_tokens, longest = sum(sum(row["mask"]) for row in rows), max(len(row["ids"]) - row["start"] for row in rows)
-    metrics = defaultdict(float)
+    metrics, answered = defaultdict(float), all("answer" in row for row in rows)
     torch.manual_seed(RANK)  # `generate` draws from the global generator
     for part, ids, mask in batches(rows[RANK::WORLD], 4 * args.micro_batch_size):  # no backward pass: more rows fit
         metrics["eval/loss"] += sft_loss(model.token_logprobs(ids, mask)[0], mask, num_tokens)
-        ids = pad([row["ids"][: row["start"]] for row in part], left=True)  # (n, P)
+        prompts = pad([row["ids"][: row["start"]] for row in part], left=True)  # (n, P)
         seen = pad([[1] * row["start"] for row in part], left=True)
-        room = model.config.max_position_embeddings - ids.shape[1]
-        options = {"do_sample": True, "max_new_tokens": min(longest, room), "synced_gpus": WORLD > 1}
-        for name, top_k in (("sampled", 0), ("greedy", 1)) if "answer" in rows[0] else ():  # 0 is all tokens
+        most = min(longest, model.config.max_position_embeddings - prompts.shape[1])
+        options = {"do_sample": True, "max_new_tokens": most, "synced_gpus": WORLD > 1}
+        for name, top_k in (("sampled", 0), ("greedy", 1)) if answered else ():  # 0 is all tokens, 1 the most probable
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=ids.is_cuda):
-                output = model.generate(ids, attention_mask=seen, top_k=top_k, **options)
-            texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+                output = model.generate(prompts, attention_mask=seen, top_k=top_k, **options)
+            texts = tokenizer.batch_decode(output[:, prompts.shape[1] :], skip_special_tokens=True)
             right = sum(answer_of(text) == answer_of(str(row["answer"])) for text, row in zip(texts, part))
             metrics[f"eval/accuracy_{name}"] += right / len(rows)
     return over_ranks(metrics)
@@ -255,15 +256,14 @@ def evaluate_sft(model, tokenizer, rows, args) -> dict[str, float]:
 def main(args: Args) -> dict[str, float]:
     """Trains and returns the last step's metrics."""
     check(args.batch_size % WORLD == 0, f"--batch-size {args.batch_size}: not a multiple of {WORLD}")
-    first_step, folder = start(args)
+    first_step, folder = start_run(args)
     tokenizer, policy = tiny(args.seed) if args.model == "tiny" else (AutoTokenizer.from_pretrained(args.model), None)
-    if folder or not policy:
-        policy = load_model(folder / "policy" if folder else args.model)
+    policy = policy if policy and not folder else load_model(folder / "policy" if folder else args.model)
     if tokenizer.chat_template:  # EOS is from now on what the template puts behind an assistant's text
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@@"}]
         behind = tokenizer.tokenize(tokenizer.apply_chat_template(turns, tokenize=False).rpartition("@@")[2])
         tokenizer.eos_token = next((x for x in behind if x in tokenizer.get_added_vocab()), tokenizer.eos_token)
-    stop_ids(tokenizer, policy)  # go into its generation config
+    stop_ids(tokenizer, policy)  # stored in its generation config
     rows, eval_rows = read_data(args, lambda row: encode_row(tokenizer, args, row), args.batch_size)
     longest = max(len(row["ids"]) for row in rows + eval_rows)
     check(longest <= policy.config.max_position_embeddings, f"--max-length: {longest} tokens do not fit the model")
@@ -325,11 +325,11 @@ def check(condition, message: str):
         raise SystemExit(message)
 
 
-def start(args) -> tuple[int, Path | None]:
-    """Starts the process group. Returns the first step and the checkpoint to go on from. Writes nothing new."""
+def start_run(args) -> tuple[int, Path | None]:
+    """Starts the process group. Returns the first step and, to resume, the checkpoint, to which it cuts the log."""
     out = Path(args.out)
     for name in {args.model, getattr(args, "reward", "")} & {"runs/sft", "runs/rm"}:
-        check(Path(name).exists(), f"{name} is not there: run `python {name[5:]}.py` first")
+        check(Path(name, "config.json").exists(), f"{name} is not there: run `python {name[5:]}.py` first")
     check(args.resume or not (out / "args.json").exists(), f"{out} holds a run: --resume it, or choose another --out")
     found = sorted((int(path.name[5:]), path) for path in out.glob("checkpoints/step-*[0-9]"))
     step, folder = found[-1] if found else (0, None)
@@ -340,15 +340,15 @@ def start(args) -> tuple[int, Path | None]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    elif folder:
+    elif (out / "metrics.jsonl").exists():
         lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-        (out / "metrics.jsonl").write_text("".join(lines[: step + 1]))  # those behind it will come again
+        (out / "metrics.jsonl").write_text("".join(lines[: step + 1 if folder else 0]))  # later steps are run again
     return step + 1, folder
 
 
 @torch.no_grad()
 def load_model(name, dtype=torch.float32):
-    """A policy in evaluation mode, without dropout; in float32 to train, since bfloat16 weights stand still at 1e-6."""
+    """A policy in evaluation mode, without dropout; in float32 to train: an update of 1e-6 is lost in bfloat16."""
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(DEVICE)
     ids = torch.arange(9, device=DEVICE)[None]
     logits = model.get_output_embeddings()(model.get_decoder()(ids).last_hidden_state)
@@ -366,7 +366,7 @@ def stop_ids(tokenizer, model) -> list[int]:
 
 
 def prepare(model, args, forward):
-    """The model as it trains, `forward` a method of it: layers compiled if asked for, weights shared out (FSDP2)."""
+    """The model as it trains, `forward` a method of it: layers checkpointed, compiled, weights sharded (FSDP2)."""
     layers = [x for x in model.modules() if type(x).__name__ in (model._no_split_modules or ())]
     for layer in layers if args.gradient_checkpointing else ():
         layer.forward = lambda *x, forward=layer.forward, **kw: checkpoint(forward, *x, use_reentrant=False, **kw)
@@ -381,7 +381,7 @@ def prepare(model, args, forward):
 
 
 def whole(x):
-    return x.full_tensor() if hasattr(x, "full_tensor") else x  # FSDP's are sharded
+    return x.full_tensor() if hasattr(x, "full_tensor") else x  # under FSDP x is sharded
 
 
 def seeded(*key, device="cpu"):
@@ -404,19 +404,19 @@ def over_ranks(metrics: dict) -> dict[str, float]:
 
 
 def learning_rate(args, step, peak):
-    """Linear warm-up, and linear decay to 0 just after the last step unless the schedule is constant."""
-    decay = 1 - (step - 1) / args.steps if args.lr_schedule == "linear" else 1
-    return peak * decay * min(1, step / max(1, args.warmup_steps))
+    """Rises over the warm-up, then stays at the peak or falls to 0 just after the last step."""
+    rising = step / max(1, args.warmup_steps)
+    falling = (args.steps + 1 - step) / max(1, args.steps + 1 - args.warmup_steps)
+    return peak * min(1, rising, falling if args.lr_schedule == "linear" else 1)
 
 
 def save(args, step, last, tokenizer, **trained):
-    """checkpoints/step-N with a folder for each (model, optimizer); at the end the first model goes to `out` as well.
-    Renamed into place: a kill leaves a whole checkpoint, this one or the one before."""
+    """checkpoints/step-N, renamed into place: a kill leaves a whole one. At the end `out` gets the first model."""
     folder = Path(args.out, "checkpoints", f"step-{step}")
     for name, (model, optimizer) in trained.items():
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights, state = get_state_dict(model, optimizer, options=options)  # whole, gathered from all processes
-        weights = {key: x for key, x in weights.items() if key not in model.all_tied_weights_keys}  # those come once
+        weights = {key: x for key, x in weights.items() if key not in model.all_tied_weights_keys}  # saved once
         if RANK == 0:
             model.save_pretrained(folder.with_suffix(".tmp") / name, state_dict=weights)
             tokenizer.save_pretrained(folder.with_suffix(".tmp") / name)
@@ -431,9 +431,9 @@ def save(args, step, last, tokenizer, **trained):
 
 
 def log(args, step, metrics):
-    """A line on screen, a row of metrics.jsonl and of Weights & Biases. From the first one on, `out` holds a run."""
-    first = ("reward", "loss", "pair_accuracy", "kl_ref", "entropy", "completion_length", "grad_norm", "time/left")
-    shown = [name for name in first if name in metrics] + [name for name in metrics if name.startswith("eval/")]
+    """A line on screen and a row of metrics.jsonl; and args.json, by which `start_run` knows that `out` holds a run."""
+    short = ("reward", "accuracy", "loss", "pair_accuracy", "kl_ref", "entropy", "completion_length", "grad_norm")
+    shown = [name for name in (*short, "time/left") if name in metrics] + [x for x in metrics if x.startswith("eval/")]
     print(f"step {step}/{args.steps}  " + "  ".join(f"{name} {metrics[name]:.3g}" for name in shown), flush=True)
     if RANK == 0:
         os.makedirs(args.out, exist_ok=True)

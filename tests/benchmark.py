@@ -213,11 +213,11 @@ def rows_in_order(args, size: int) -> list[dict]:
         rows, columns = [data[i] for i in torch.cat(drawn)], {"prompt": "user"}
     elif isinstance(args, sft.Args):
         order = torch.randperm(len(data), generator=sft.seeded(args.seed, "rows", 0))[: size * args.steps]
-        rows = [data[i] | {"completion": sft.solve(data[i]["digits"])} for i in order]
+        rows = [data[i] | {"completion": sft.solve(data[i]["arithmetic"])} for i in order]
         columns = {"prompt": "user", "completion": "assistant"}
     else:
         dpo.random.Random(f"{args.seed} pairs").shuffle(data)
-        rows = [row | dpo.arithmetic_pair(row["digits"]) for row in data[: size * args.steps]]
+        rows = [row | dpo.arithmetic_pair(row["arithmetic"]) for row in data[: size * args.steps]]
         columns = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     turns = [{name: [{"role": role, "content": row[name]}] for name, role in columns.items()} for row in rows]
     return [turn | {"answer": row["answer"]} for turn, row in zip(turns, rows)]

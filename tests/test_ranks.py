@@ -68,8 +68,8 @@ def data(tmp_path_factory):
     """A model of two narrow layers, 60 rows of the built-in task, a reward function and the worker."""
     folder = tmp_path_factory.mktemp("data")
     save_tiny(folder / "tiny", hidden_size=64, intermediate_size=128, num_hidden_layers=2)
-    rows = [row | rm.arithmetic_pair(row["digits"]) for row in sft.arithmetic("train")[:60]]
-    write_rows(folder / "rows.jsonl", [{k: x for k, x in row.items() if k != "digits"} for row in rows])
+    rows = [row | rm.arithmetic_pair(row["arithmetic"]) for row in sft.arithmetic("train")[:60]]
+    write_rows(folder / "rows.jsonl", [{k: x for k, x in row.items() if k != "arithmetic"} for row in rows])
     (folder / "worker.py").write_text(WORKER)
     (folder / "rewards.py").write_text(
         "import os\n"

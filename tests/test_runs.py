@@ -42,10 +42,10 @@ def data(tmp_path_factory):
     """60 rows of the built-in task with all columns, a reward function and a reward model."""
     folder = tmp_path_factory.mktemp("data")
     rows = [
-        {**row, **rm.arithmetic_pair(row["digits"]), "completion": sft.solve(row["digits"])}
+        {**row, **rm.arithmetic_pair(row["arithmetic"]), "completion": sft.solve(row["arithmetic"])}
         for row in sft.arithmetic("train")[:60]
     ]
-    write_rows(folder / "rows.jsonl", [{k: x for k, x in row.items() if k != "digits"} for row in rows])
+    write_rows(folder / "rows.jsonl", [{k: x for k, x in row.items() if k != "arithmetic"} for row in rows])
     (folder / "rewards.py").write_text(REWARD)
     _, model = sft.tiny(0)
     torch.manual_seed(0)
