@@ -405,9 +405,9 @@ def over_ranks(metrics: dict) -> dict[str, float]:
 
 def learning_rate(args, step, peak):
     """Rises over the warm-up, then stays at the peak or falls to 0 just after the last step."""
-    rising = step / max(1, args.warmup_steps)
-    falling = (args.steps + 1 - step) / max(1, args.steps + 1 - args.warmup_steps)
-    return peak * min(1, rising, falling if args.lr_schedule == "linear" else 1)
+    warmup = max(1, args.warmup_steps)
+    falling = (args.steps + 1 - step) / max(1, args.steps + 1 - warmup)
+    return peak * min(1, step / warmup, falling if args.lr_schedule == "linear" else 1)
 
 
 def save(args, step, last, tokenizer, **trained):
