@@ -4,22 +4,23 @@
 # ///
 """DPO: direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290, eq. 7).
 
-Learns from pairs, a chosen and a rejected completion of one prompt, without a reward model and without sampling. The
-policy that maximises E[reward] - beta * KL(policy || reference) has reward = beta * log(pi / pi_ref) + a term of the
-prompt alone. That term cancels in P(chosen > rejected) = sigmoid(difference of the rewards), whose likelihood is left:
+DPO learns from pairs, a chosen and a rejected completion of one prompt, without a reward model and without sampling.
+The policy that maximises E[reward] - beta * KL(policy || reference) has reward = beta * log(pi / pi_ref) + a term of
+the prompt alone. That term cancels in P(chosen > rejected) = sigmoid(difference of the rewards), so that this
+likelihood can be maximised without knowing the reward:
 
     logps          = sum_t mask[n, t] * log pi(ids[n, t] | ids[n, :t])      a sum over the completion, not a mean
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)               rejected_rewards likewise
     z              = chosen_rewards - rejected_rewards
     loss           = -1/N sum_n [ (1 - label_smoothing) * log sigmoid(z) + label_smoothing * log sigmoid(-z) ]
 
-Before training, the policy as it was loaded scores the pairs: these are the reference's log-probabilities, and no
-second model is kept. Each step (1) takes the next `batch_size` pairs, (2) adds up their loss and its gradient and (3)
+Before training, the policy as it was loaded scores all pairs. Its log-probabilities are the reference's, so no second
+model is kept. Each step (1) takes the next `batch_size` pairs, (2) adds up their loss and its gradient and (3)
 updates the policy.
 
 Good to know
-- The loss starts at ln 2 = 0.69. A pair weighs beta * sigmoid(-z) in the gradient: one that is right counts little.
-- It sees only the difference of the two sides. Often both become less likely: watch `chosen_logps`.
+- The loss starts at ln 2 = 0.69. A pair weighs beta * sigmoid(-z) in the gradient: one right by far counts little.
+- The loss sees only the difference of the two sides. Often both become less likely: watch `chosen_logps`.
 - At the optimum, a larger beta stays closer to the reference. But beta also scales the gradient: after a few steps of
   plain gradient descent, a larger one has moved further.
 - EOS is part of a completion and counts in its sum. What a chat template puts behind it does not.
@@ -79,11 +80,11 @@ class Args:
     steps: int = 75  # of training
     batch_size: int = 64  # rows of a step, on all processes together; paper: 64
     beta: float | None = None  # default: 0.1 as in the paper; 1 for models below 10 million parameters
-    label_smoothing: float = 0.0  # share of the labels taken to be wrong, below 0.5
+    label_smoothing: float = 0.0  # share of the labels taken to be wrong, below 0.5; paper: 0
 
     # optimisation
     lr: float | None = None  # peak; default: 1e-6 as in the paper; 5e-5 for models below 10 million parameters
-    lr_schedule: Literal["linear", "constant"] = "linear"  # after the warm-up; linear falls to 0
+    lr_schedule: Literal["linear", "constant"] = "linear"  # after the warm-up; linear falls to 0; paper: constant
     warmup_steps: int = 15  # over which the learning rate rises from 0; paper: 150
     micro_batch_size: int = 64  # sequences in a forward and backward pass, on each GPU; half as many pairs
     rollout_batch_size: int = 1024  # sequences sampled at once on each GPU; bounds the KV cache
@@ -91,7 +92,7 @@ class Args:
     compile: bool = False  # torch.compile each layer
 
     # run
-    seed: int = 0  # of the order of rows and of every draw in training
+    seed: int = 0  # of every random draw in training
     eval_every: int = 25  # steps; 0: only before and after training
     eval_size: int = 1000  # held-out rows, at most
     save_every: int = 25  # steps between checkpoints; 0: only at the end
@@ -188,12 +189,12 @@ def encode(tokenizer, row: dict, system_prompt: str | None, completion: str | No
 
 
 def last_turns(row: dict, chat_template: str | None) -> dict | None:
-    """The row with `prompt` and, as text, its two last turns; None if the conversations differ before these."""
+    """The row with its `prompt` and, as text, the last turn of each side; None if the sides differ before that."""
     assert {"chosen", "rejected"} <= row.keys(), f"it needs `chosen` and `rejected`, and has only {', '.join(row)}"
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, list):  # messages
         (*before, chosen), (*other, rejected) = chosen, rejected
-        prompt, chosen, rejected = before or row.get("prompt"), chosen["content"], rejected["content"]
+        prompt, sides = before or row.get("prompt", row.get("question")), (chosen["content"], rejected["content"])
     elif "prompt" in row or "question" in row:
         return row
     else:  # whole conversations, as in HH-RLHF
@@ -202,8 +203,8 @@ def last_turns(row: dict, chat_template: str | None) -> dict | None:
         assert before, "without `prompt`, turns must begin with `\\n\\nHuman:` and `\\n\\nAssistant:`"
         roles = ["user" if "Human" in name else "assistant" for name in before[1::2]]
         turns = [{"role": role, "content": text.strip()} for role, text in zip(roles, before[2::2])]
-        prompt = turns if chat_template else "".join(before)
-    return row | {"prompt": prompt, "chosen": chosen, "rejected": rejected} if before == other else None
+        prompt, sides = turns if chat_template else "".join(before), (chosen, rejected)
+    return row | {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]} if before == other else None
 
 
 def encode_pair(tokenizer, args, row: dict) -> bool:
@@ -212,6 +213,7 @@ def encode_pair(tokenizer, args, row: dict) -> bool:
     pair = last_turns(row | made, tokenizer.chat_template)
     if not pair:
         return False
+    assert isinstance(pair["chosen"], str) and isinstance(pair["rejected"], str), "a side is neither text nor messages"
     ids = [encode(tokenizer, pair, args.system_prompt, x) for x in (None, pair["chosen"], pair["rejected"])]
     row.update(prompt_ids=ids[0], chosen_ids=ids[1], rejected_ids=ids[2], length=max(map(len, ids)))
     return ids[1] != ids[2] and row["length"] <= args.max_length
@@ -254,8 +256,8 @@ def pair_logps(policy, pairs: list[dict], eos_ids: list[int]) -> Tensor:
 
 
 def preference_pass(policy, pairs: list[dict], num_pairs: int, eos_ids: list[int], args) -> dict[str, float]:
-    """Loss and metrics, means over `num_pairs`, the pairs of all processes. Adds up the gradient where it is on;
-    the first pass over a pair keeps its log-probabilities as the reference's."""
+    """Loss and metrics, means over `num_pairs`, the pairs of all processes. Adds up the gradient where it is on.
+    The first pass over a pair, before training, stores its log-probabilities as the reference's."""
     names = ["loss", "pair_accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps"]
     pairs, size, means = sorted(pairs, key=lambda pair: pair["length"]), max(1, args.micro_batch_size // 2), Counter()
     for part in [pairs[i : i + size] for i in range(0, len(pairs), size)]:
@@ -272,10 +274,10 @@ def preference_pass(policy, pairs: list[dict], num_pairs: int, eos_ids: list[int
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # compiled layers would be compiled anew as the cache grows
-def evaluate_dpo(policy, tokenizer, pairs, eos_ids, args) -> dict[str, float]:
-    """The metrics of held-out pairs and, where they have an `answer`, accuracy: drawn at temperature 1, and greedy."""
+def evaluate_dpo(policy, tokenizer, pairs, eos_ids, answered, args) -> dict[str, float]:
+    """The metrics of held-out pairs and, if they are `answered`, accuracy: sampled at temperature 1, and greedy."""
     metrics = preference_pass(policy, pairs, len(pairs) * WORLD, eos_ids, args)
-    right, size, answered = Counter(), args.rollout_batch_size, all("answer" in pair for pair in pairs)
+    right, size = Counter(), args.rollout_batch_size
     answer_of = lambda text: text.rpartition("####")[2].strip().replace(",", "")  # noqa: E731
     longest = max(pair["length"] - len(pair["prompt_ids"]) for pair in pairs)
     torch.manual_seed(RANK)  # `generate` draws from the global generator
@@ -290,7 +292,6 @@ def evaluate_dpo(policy, tokenizer, pairs, eos_ids, args) -> dict[str, float]:
             texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
             matches = sum(answer_of(text) == answer for text, answer in zip(texts, answers))
             right[f"accuracy_{name}"] += matches / len(pairs) / WORLD
-        print(f"a greedy completion: {tokenizer.decode(prompts[0])}{texts[0]}")
     return {f"eval/{name}": x for name, x in (metrics | over_ranks(right)).items()}
 
 
@@ -306,6 +307,7 @@ def main(args: Args) -> dict[str, float]:
     check(longest <= policy.config.max_position_embeddings, f"--max-length: {longest} tokens do not fit the model")
     random.Random(f"{args.seed} pairs").shuffle(rows)
     pairs, eval_pairs = rows[RANK::WORLD][: len(rows) // WORLD], eval_rows[RANK::WORLD]  # equal shares
+    answered = all("answer" in row for row in eval_rows)
 
     policy = prepare(policy, args, token_logprobs)
     small = policy.num_parameters() < 10_000_000  # such as sft.py's
@@ -319,12 +321,12 @@ def main(args: Args) -> dict[str, float]:
         print(f"the reference has scored {len(part):,} pairs more, of {len(eval_pairs) + len(needed):,}")
     optimizer = torch.optim.AdamW(policy.parameters(), peak_lr, (0.9, 0.99), weight_decay=0.0)
     if folder:
-        weights = load_model(folder / "policy").state_dict()
         state = torch.load(folder / "policy" / "optimizer.pt", weights_only=True, mmap=True)
-        states = {"model_state_dict": weights, "optim_state_dict": state}
+        states = {"model_state_dict": load_model(folder / "policy").state_dict(), "optim_state_dict": state}
         set_state_dict(policy, optimizer, **states, options=StateDictOptions(full_state_dict=True))
+        del state, states
     else:
-        log(args, 0, evaluate_dpo(policy, tokenizer, eval_pairs, eos_ids, args))
+        log(args, 0, evaluate_dpo(policy, tokenizer, eval_pairs, eos_ids, answered, args))
 
     begin = time.perf_counter()
     for step in range(first_step, args.steps + 1):
@@ -345,7 +347,7 @@ def main(args: Args) -> dict[str, float]:
         metrics |= {"grad_norm": grad_norm, "lr": lr, "time/step": time.perf_counter() - clock}
         last = step == args.steps
         if last or step % (args.eval_every or args.steps) == 0:
-            metrics |= evaluate_dpo(policy, tokenizer, eval_pairs, eos_ids, args)
+            metrics |= evaluate_dpo(policy, tokenizer, eval_pairs, eos_ids, answered, args)
         metrics["time/left"] = (time.perf_counter() - begin) / (step + 1 - first_step) * (args.steps - step)
         log(args, step, metrics)
         if last or step % (args.save_every or args.steps) == 0:
@@ -359,13 +361,13 @@ def main(args: Args) -> dict[str, float]:
 
 
 def check(condition, message: str):
-    """Ends the run with a sentence that says what to change."""
+    """Unless `condition` holds, ends the run with a sentence that says what to change."""
     if not condition:
         raise SystemExit(message)
 
 
 def start_run(args) -> tuple[int, Path | None]:
-    """Starts the process group. Returns the first step and, to resume, the checkpoint, to which it cuts the log."""
+    """Starts the process group. Returns the first step and, to resume from, the checkpoint; cuts the log back to it."""
     out = Path(args.out)
     for name in {args.model, getattr(args, "reward", "")} & {"runs/sft", "runs/rm"}:
         check(Path(name, "config.json").exists(), f"{name} is not there: run `python {name[5:]}.py` first")
@@ -405,7 +407,7 @@ def stop_ids(tokenizer, model) -> list[int]:
 
 
 def prepare(model, args, forward):
-    """The model as it trains, `forward` a method of it: layers checkpointed, compiled, weights sharded (FSDP2)."""
+    """Makes `forward` a method of the model; layers are checkpointed and compiled if asked, weights sharded (FSDP2)."""
     layers = [x for x in model.modules() if type(x).__name__ in (model._no_split_modules or ())]
     for layer in layers if args.gradient_checkpointing else ():
         layer.forward = lambda *x, forward=layer.forward, **kw: checkpoint(forward, *x, use_reentrant=False, **kw)
@@ -421,11 +423,6 @@ def prepare(model, args, forward):
 
 def whole(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x  # under FSDP x is sharded
-
-
-def seeded(*key, device="cpu"):
-    """A generator that depends on its key alone, so that a resumed run needs no generator state."""
-    return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
 
 
 def pad(rows, left=False):
@@ -450,7 +447,7 @@ def learning_rate(args, step, peak):
 
 
 def save(args, step, last, tokenizer, **trained):
-    """checkpoints/step-N, renamed into place: a kill leaves a whole one. At the end `out` gets the first model."""
+    """Writes checkpoints/step-N, renamed into place: a kill leaves a whole one. In the end `out` gets the model."""
     folder = Path(args.out, "checkpoints", f"step-{step}")
     for name, (model, optimizer) in trained.items():
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)

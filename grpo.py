@@ -20,7 +20,8 @@ Good to know
 - The loss is a mean over each sequence, then over sequences: a token of a long completion counts less than one of a
   short completion. Most libraries take the mean over all tokens instead.
 - The KL is part of the loss. Its value estimates KL(policy || reference), its gradient that of KL(reference || policy).
-- EOS is trained like any other token. A completion that is cut at `max_new_tokens` has none, and is trained as it is.
+- EOS is trained like any other token. A completion that is cut at `max_new_tokens` has none and is trained as it is; a
+  reward model reads it as if it had ended.
 
     python sft.py && python grpo.py                       learns to add up, on a laptop CPU
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k:main ...       one GPU, see README
@@ -72,8 +73,8 @@ class Args:
     model: str = "runs/sft"  # folder or Hub id; the policy to start from, and the frozen reference
     dataset: str = "arithmetic"  # the built-in task, a .jsonl or .parquet file, or a Hub name[:config[:split]]
     eval_dataset: str | None = None  # likewise; by default the last tenth of `dataset`, at most `eval_size` rows
-    system_prompt: str | None = None  # before every prompt; by default, with `exact`, asks for a line `#### answer`
-    reward: str = "exact"  # `exact`, a reward model, or file.py:function(rows, completions); `exact`: equals `answer`
+    system_prompt: str | None = None  # before every prompt; by default, with `exact`, asks all but tiny models for ####
+    reward: str = "exact"  # `exact`, a reward model, or file.py:function(rows, completions); `exact` reads `#### 42`
     max_prompt_length: int = 512  # tokens; longer prompts are dropped
     max_new_tokens: int = 256  # tokens; longer completions are cut
     out: str = "runs/grpo"  # the trained model, metrics.jsonl and checkpoints
@@ -84,7 +85,7 @@ class Args:
     group_size: int = 8  # completions of each prompt; paper: 64
     temperature: float = 1.0  # divides the logits, in sampling and in training
     num_epochs: int = 1  # passes over each rollout; one update each
-    clip_eps: float = 0.2  # how far the ratio may move from 1 before its gradient stops
+    clip_eps: float = 0.2  # the ratio is clipped to 1 ± this
     kl_coef: float = 0.04  # weight of the KL to the reference; at 0 no reference is loaded
 
     # optimisation
@@ -97,7 +98,7 @@ class Args:
     compile: bool = False  # torch.compile each layer
 
     # run
-    seed: int = 0  # of the order of rows and of every draw in training
+    seed: int = 0  # of every random draw in training
     eval_every: int = 20  # steps; 0: only before and after training
     eval_size: int = 1000  # held-out rows, at most
     save_every: int = 20  # steps between checkpoints; 0: only at the end
@@ -212,7 +213,7 @@ def tidy(answer: str) -> str:
     """Without `$`, `**`, `\\text{}`, thousands' commas, spaces and a full stop at the end; 007, +7 and 7.0 are 7."""
     answer = re.sub(r"\\(?:text|mathrm|boxed) ?\{([^{}]*)\}", r"\1", answer.replace("\u2212", "-").replace("{,}", ","))
     answer = re.sub(r"\*\*|\\?\$|\s|(?<=\d),(?=\d{3}(?!\d))", "", answer).removesuffix(".")
-    is_number = re.fullmatch(r"[+-]?\d+(\.\d+)?", answer)
+    is_number = re.fullmatch(r"[+-]?\d*\.?\d+", answer)
     return f"{Decimal(answer).normalize(Context(len(answer))):f}" if is_number else answer
 
 
@@ -435,12 +436,12 @@ def main(args: Args) -> dict[str, float]:
         for epoch in range(args.num_epochs):
             for batch in batches:
                 logprobs, entropy = policy.token_logprobs(batch.ids, batch.mask, args.temperature)  # (n, L) each
-                if epoch == 0:  # before the first update: the policy that sampled, but for the sampler's bfloat16
+                if epoch == 0:  # before the first update: the policy that sampled (on a GPU, in bfloat16)
                     batch.old, batch.ref = logprobs.detach(), None
                     if reference:
                         with torch.no_grad():
                             batch.ref, _ = reference.token_logprobs(batch.ids, batch.mask, args.temperature)
-                        metrics["kl_ref"] += (batch.old - batch.ref).sum() / N
+                        metrics["kl_ref"] += (batch.old - batch.ref).sum() / N  # nats per completion
                     metrics["sampling_gap"] += (batch.old - batch.sampled).abs().sum() / num_tokens
                     metrics["entropy"] += entropy.sum() / num_tokens
                 of_batch = (logprobs, batch.old, batch.ref, batch.advantages, batch.mask)
@@ -480,13 +481,13 @@ def main(args: Args) -> dict[str, float]:
 
 
 def check(condition, message: str):
-    """Ends the run with a sentence that says what to change."""
+    """Unless `condition` holds, ends the run with a sentence that says what to change."""
     if not condition:
         raise SystemExit(message)
 
 
 def start_run(args) -> tuple[int, Path | None]:
-    """Starts the process group. Returns the first step and, to resume, the checkpoint, to which it cuts the log."""
+    """Starts the process group. Returns the first step and, to resume from, the checkpoint; cuts the log back to it."""
     out = Path(args.out)
     for name in {args.model, getattr(args, "reward", "")} & {"runs/sft", "runs/rm"}:
         check(Path(name, "config.json").exists(), f"{name} is not there: run `python {name[5:]}.py` first")
@@ -526,7 +527,7 @@ def stop_ids(tokenizer, model) -> list[int]:
 
 
 def prepare(model, args, forward):
-    """The model as it trains, `forward` a method of it: layers checkpointed, compiled, weights sharded (FSDP2)."""
+    """Makes `forward` a method of the model; layers are checkpointed and compiled if asked, weights sharded (FSDP2)."""
     layers = [x for x in model.modules() if type(x).__name__ in (model._no_split_modules or ())]
     for layer in layers if args.gradient_checkpointing else ():
         layer.forward = lambda *x, forward=layer.forward, **kw: checkpoint(forward, *x, use_reentrant=False, **kw)
@@ -571,7 +572,7 @@ def learning_rate(args, step, peak):
 
 
 def save(args, step, last, tokenizer, **trained):
-    """checkpoints/step-N, renamed into place: a kill leaves a whole one. At the end `out` gets the first model."""
+    """Writes checkpoints/step-N, renamed into place: a kill leaves a whole one. In the end `out` gets the model."""
     folder = Path(args.out, "checkpoints", f"step-{step}")
     for name, (model, optimizer) in trained.items():
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)

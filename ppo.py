@@ -32,8 +32,9 @@ Good to know
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset ... --reward runs/my-rm ...      one GPU, see README
     torchrun --nproc-per-node 8 ppo.py ...                several GPUs: weights are sharded (FSDP2)
 
-Shapes: N completions of a process, L tokens (prompt, completion, padding on the right). Column t of every (N, L) tensor
-belongs to token t: logprobs[n, t] = log pi(ids[n, t] | ids[n, :t]). mask is 1 on completions.
+Shapes: B completions of a process, n of them in a micro-batch, L tokens (prompt, completion, padding on the right).
+Column t of every (n, L) or (B, L) tensor belongs to token t: row i of logprobs holds log pi(ids[i, t] | ids[i, :t]).
+mask is 1 on completions.
 """
 
 import dataclasses
@@ -69,6 +70,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16  # of forward passes; trained weights are float32
 transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()  # it warns that the value head is new
 
 
 @dataclasses.dataclass
@@ -77,8 +79,8 @@ class Args:
     model: str = "runs/sft"  # folder or Hub id; the policy to start from, and the frozen reference
     dataset: str = "arithmetic"  # the built-in task, a .jsonl or .parquet file, or a Hub name[:config[:split]]
     eval_dataset: str | None = None  # likewise; by default the last tenth of `dataset`, at most `eval_size` rows
-    system_prompt: str | None = None  # before every prompt; by default, with `exact`, asks for a line `#### answer`
-    reward: str = "runs/rm"  # `exact`, a reward model, or file.py:function(rows, completions); `exact`: equals `answer`
+    system_prompt: str | None = None  # before every prompt; by default, with `exact`, asks all but tiny models for ####
+    reward: str = "runs/rm"  # `exact`, a reward model, or file.py:function(rows, completions); `exact` reads `#### 42`
     max_prompt_length: int = 512  # tokens; longer prompts are dropped
     max_new_tokens: int = 256  # tokens; longer completions are cut
     out: str = "runs/ppo"  # the trained model, metrics.jsonl and checkpoints
@@ -89,7 +91,7 @@ class Args:
     temperature: float = 1.0  # divides the logits, in sampling and in training
     num_epochs: int = 1  # passes over each rollout; `num_minibatches` updates each; Schulman et al.: 3 to 15
     num_minibatches: int = 4  # updates in each pass; Ouyang et al.: 8
-    clip_eps: float = 0.2  # how far the ratio may move from 1 before its gradient stops
+    clip_eps: float = 0.2  # the ratio is clipped to 1 ± this
     value_clip_eps: float = 0.0  # how far a value may move in a step before its gradient may stop; 0: no clipping
     lam: float = 0.95  # lambda of GAE; 1 is Monte Carlo, 0 the one-step residual
     kl_coef: float = 0.05  # weight of the KL to the reference; part of the rewards; Ouyang et al.: 0.02
@@ -109,7 +111,7 @@ class Args:
     compile: bool = False  # torch.compile each layer
 
     # run
-    seed: int = 0  # of the order of rows and of every draw in training
+    seed: int = 0  # of every random draw in training
     eval_every: int = 20  # steps; 0: only before and after training
     eval_size: int = 1000  # held-out rows, at most
     save_every: int = 20  # steps between checkpoints; 0: only at the end
@@ -121,15 +123,15 @@ class Args:
 
 
 def kl_shaped_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """-kl_coef * (logprobs - ref_logprobs) at every action, plus the score at the last one: (N, L). scores: (N,)."""
+    """-kl_coef * (logprobs - ref_logprobs) at every action, plus the score at the last one: (B, L). scores: (B,)."""
     last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))  # 1 at the last action of each row
     return -kl_coef * (logprobs - ref_logprobs) * mask + scores[:, None] * last
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantages and returns (A + values), (N, L) each (Schulman et al. 2016, eq. 16).
+    """Generalised advantages and returns (A + values), (B, L) each (Schulman et al. 2016, eq. 16).
 
-    Where mask is 0 both are 0, and the columns are passed over: what follows an action is the next action.
+    Columns where mask is 0 are skipped: an action is followed by the next action. Both results are 0 there.
     """
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])
     advantages = []
@@ -151,7 +153,7 @@ def moments(x: Tensor, mask: Tensor) -> tuple[float, float]:
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """x with mean 0 and variance 1 over all actions, 0 elsewhere: (N, L)."""
+    """x with mean 0 and variance 1 over all actions, 0 elsewhere: (B, L)."""
     mean, variance = moments(x, mask)
     return (x - mean) * mask / (variance + 1e-8) ** 0.5
 
@@ -253,7 +255,7 @@ def tidy(answer: str) -> str:
     """Without `$`, `**`, `\\text{}`, thousands' commas, spaces and a full stop at the end; 007, +7 and 7.0 are 7."""
     answer = re.sub(r"\\(?:text|mathrm|boxed) ?\{([^{}]*)\}", r"\1", answer.replace("\u2212", "-").replace("{,}", ","))
     answer = re.sub(r"\*\*|\\?\$|\s|(?<=\d),(?=\d{3}(?!\d))", "", answer).removesuffix(".")
-    is_number = re.fullmatch(r"[+-]?\d+(\.\d+)?", answer)
+    is_number = re.fullmatch(r"[+-]?\d*\.?\d+", answer)
     return f"{Decimal(answer).normalize(Context(len(answer))):f}" if is_number else answer
 
 
@@ -325,7 +327,7 @@ def token_values(model, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def load_value_model(name):
-    """A network of its own. A head that `name` lacks, as a language model does, starts at 0."""
+    """A model with one output per token. The head starts at 0 where `name` has none, as in a language model."""
     options = {"num_labels": 1, "dtype": torch.float32, "output_loading_info": True}
     model, info = transformers.AutoModelForTokenClassification.from_pretrained(name, **options)
     for parameter in info["missing_keys"]:
@@ -342,7 +344,7 @@ def parts(rows: Tensor, size: int, *tensors: Tensor):
 
 @torch.no_grad()
 def over_rollout(function, ids: Tensor, mask: Tensor, size: int) -> Tensor:
-    """function(ids, mask) of all rows, `size` at a time: (N, L), without gradient."""
+    """function(ids, mask) of all rows, `size` at a time: (B, L), without gradient."""
     found = [function(*part) for part in parts(torch.arange(len(ids)), size, ids, mask)]
     return torch.cat([torch.nn.functional.pad(x, (0, ids.shape[1] - x.shape[1])) for x in found])
 
@@ -443,10 +445,10 @@ def evaluate(model, tokenizer, rows, reward_of, eos_ids, args) -> dict[str, floa
 
 def main(args: Args) -> dict[str, float]:
     """Trains and returns the last step's metrics."""
-    N = args.prompts_per_step // WORLD  # completions of this process
-    check(args.prompts_per_step == N * WORLD, f"--prompts-per-step {args.prompts_per_step}: not a multiple of {WORLD}")
-    check(N % args.num_minibatches == 0, f"--num-minibatches {args.num_minibatches} does not divide {N} completions")
-    check(args.temperature > 0, "--temperature 0: without chance there is nothing to learn from")
+    B = args.prompts_per_step // WORLD  # completions of this process
+    check(args.prompts_per_step == B * WORLD, f"--prompts-per-step {args.prompts_per_step}: not a multiple of {WORLD}")
+    check(B % args.num_minibatches == 0, f"--num-minibatches {args.num_minibatches} does not divide {B} completions")
+    check(args.temperature > 0, "--temperature 0: sampling needs more than 0")
     first_step, folder = start_run(args)
     start_from = folder / "policy" if folder else args.model
     tokenizer, policy = AutoTokenizer.from_pretrained(args.model), load_model(start_from)
@@ -474,7 +476,8 @@ def main(args: Args) -> dict[str, float]:
     reference = prepare(load_model(args.model).requires_grad_(False), args, token_logprobs)
     value_model = prepare(load_value_model(folder / "value_model" if folder else value_from), args, token_values)
     peak_lr = args.lr if args.lr is not None else 3e-4 if tiny else 1e-6
-    value_peak_lr = args.value_lr if args.value_lr is not None else 2e-3 if tiny else 9e-6
+    value_peak_lr = 2e-3 if value_model.num_parameters() < 10_000_000 else 9e-6
+    value_peak_lr = args.value_lr if args.value_lr is not None else value_peak_lr
     optimizer = torch.optim.AdamW(policy.parameters(), peak_lr, (0.9, 0.99), weight_decay=0.0)
     value_optimizer = torch.optim.AdamW(value_model.parameters(), value_peak_lr, (0.9, 0.99), weight_decay=0.0)
     trained = {"policy": (policy, optimizer), "value_model": (value_model, value_optimizer)}
@@ -491,38 +494,38 @@ def main(args: Args) -> dict[str, float]:
         # (1) rollout, sorted so that rows of like length are neighbours
         clock = time.perf_counter()
         drawn = torch.randperm(len(rows), generator=seeded(args.seed, "prompts", step))[: args.prompts_per_step]
-        chosen = [rows[i] for i in drawn[RANK::WORLD]]  # (N,)
+        chosen = [rows[i] for i in drawn[RANK::WORLD]]  # (B,)
         prompts, key = [row["prompt_ids"] for row in chosen], (args.seed, "rollout", step)
         completions, _ = rollout(sampler, prompts, 1, args.temperature, eos_ids, key, args)
-        order = sorted(range(N), key=lambda n: len(prompts[n]) + len(completions[n]))
+        order = sorted(range(B), key=lambda n: len(prompts[n]) + len(completions[n]))
         chosen, prompts, completions = ([x[n] for n in order] for x in (chosen, prompts, completions))
-        ids = pad([prompt + completion for prompt, completion in zip(prompts, completions)])  # (N, L)
+        ids = pad([prompt + completion for prompt, completion in zip(prompts, completions)])  # (B, L)
         mask = pad([[0.0] * len(prompt) + [1.0] * len(completion) for prompt, completion in zip(prompts, completions)])
         rollout_time = time.perf_counter() - clock
 
         # (2) scores
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-        raw = reward_of(chosen, texts)  # (N,)
+        raw = reward_of(chosen, texts)  # (B,)
         truncated = torch.tensor([float(completion[-1] not in eos_ids) for completion in completions])
         scores = (raw - args.missing_eos_penalty * truncated).to(DEVICE)
 
-        # (3) log-probabilities and values, all of them before the first update: (N, L) each
+        # (3) log-probabilities and values, all of them before the first update: (B, L) each
         size = args.micro_batch_size
         old_logprobs = over_rollout(lambda *part: policy.token_logprobs(*part, args.temperature)[0], ids, mask, size)
         ref_logprobs = over_rollout(lambda *part: reference.token_logprobs(*part, args.temperature)[0], ids, mask, size)
         old_values = over_rollout(value_model.token_values, ids, mask, size)
 
-        # (4) rewards, advantages and returns of every token: (N, L) each
+        # (4) rewards, advantages and returns of every token: (B, L) each
         rewards = kl_shaped_rewards(scores, old_logprobs, ref_logprobs, mask, args.kl_coef)
-        advantages, returns = gae(rewards, old_values, mask, 1.0, args.lam)  # gamma 1: later rewards count in full
+        advantages, returns = gae(rewards, old_values, mask, 1.0, args.lam)  # gamma is 1: no discount
         advantages = whiten(advantages, mask)
 
         # (5) updates of both models
         lr, value_lr = (learning_rate(args, step, peak) for peak in (peak_lr, value_peak_lr))
         of_rollout = (ids, mask, old_logprobs, advantages, old_values, returns)
         totals, num_updates = Counter(), 0
-        shuffled = [torch.randperm(N, generator=seeded(args.seed, step, k, RANK)) for k in range(args.num_epochs)]
-        for minibatch in [part for order in shuffled for part in order.chunk(args.num_minibatches)]:
+        epochs = [torch.randperm(B, generator=seeded(args.seed, step, k, RANK)) for k in range(args.num_epochs)]
+        for minibatch in [part for epoch in epochs for part in epoch.chunk(args.num_minibatches)]:
             num_tokens = over_ranks({"tokens": mask[minibatch].sum()})["tokens"]
             sums = defaultdict(float)
             for part in parts(minibatch.sort().values, size, *of_rollout):  # in order of length; (n, L) each
@@ -538,7 +541,7 @@ def main(args: Args) -> dict[str, float]:
                 sums["value_loss"] += loss_v.detach()
                 sums["entropy"] += bonus.detach()
                 sums["clip_frac"] += ((log_ratio.exp() - 1).abs() > args.clip_eps).sum() / num_tokens
-                sums["approx_kl"] += (log_ratio.exp() - 1 - log_ratio).sum() / num_tokens  # k3 of old against new
+                sums["approx_kl"] += (log_ratio.exp() - 1 - log_ratio).sum() / num_tokens  # k3 of KL(old || new)
             sums = over_ranks(sums)
             if args.target_kl is not None and sums["approx_kl"] > args.target_kl:
                 optimizer.zero_grad()
@@ -552,15 +555,15 @@ def main(args: Args) -> dict[str, float]:
             for ours, theirs in zip(sampler.parameters(), policy.parameters()):
                 ours.copy_(whole(theirs))
 
-        metrics = {"reward": raw.mean(), "reward_square": (raw**2).mean(), "time/rollout": rollout_time}
+        metrics = {"reward": raw.mean(), "time/rollout": rollout_time}  # the reward without penalties
         if all("answer" in row for row in rows):  # the truth beside the reward model's opinion
-            metrics["accuracy"] = sum(map(exact_match, texts, [row["answer"] for row in chosen])) / N
-        metrics["kl_ref"] = (old_logprobs - ref_logprobs).sum() / N
-        metrics["completion_length"] = sum(map(len, completions)) / N
+            metrics["accuracy"] = sum(map(exact_match, texts, [row["answer"] for row in chosen])) / B
+        metrics["kl_ref"] = (old_logprobs - ref_logprobs).sum() / B
+        metrics["completion_length"] = sum(map(len, completions)) / B
         metrics["truncated_frac"] = truncated.mean()
         metrics = {name: x / WORLD for name, x in over_ranks(metrics).items()}
-        metrics["reward_std"] = max(0.0, metrics.pop("reward_square") - metrics["reward"] ** 2) ** 0.5
-        residual, total = (moments(x, mask)[1] for x in (returns - old_values, returns))  # variances
+        metrics["reward_std"] = moments(raw, torch.ones_like(raw))[1] ** 0.5
+        residual, total = moments(returns - old_values, mask)[1], moments(returns, mask)[1]  # variances
         metrics["explained_variance"] = 1 - residual / max(total, 1e-8)
         metrics |= {name: x / num_updates for name, x in totals.items()} | {"num_updates": num_updates}
         metrics |= {"lr": lr, "value_lr": value_lr, "time/step": time.perf_counter() - clock}
@@ -584,13 +587,13 @@ def main(args: Args) -> dict[str, float]:
 
 
 def check(condition, message: str):
-    """Ends the run with a sentence that says what to change."""
+    """Unless `condition` holds, ends the run with a sentence that says what to change."""
     if not condition:
         raise SystemExit(message)
 
 
 def start_run(args) -> tuple[int, Path | None]:
-    """Starts the process group. Returns the first step and, to resume, the checkpoint, to which it cuts the log."""
+    """Starts the process group. Returns the first step and, to resume from, the checkpoint; cuts the log back to it."""
     out = Path(args.out)
     for name in {args.model, getattr(args, "reward", "")} & {"runs/sft", "runs/rm"}:
         check(Path(name, "config.json").exists(), f"{name} is not there: run `python {name[5:]}.py` first")
@@ -630,7 +633,7 @@ def stop_ids(tokenizer, model) -> list[int]:
 
 
 def prepare(model, args, forward):
-    """The model as it trains, `forward` a method of it: layers checkpointed, compiled, weights sharded (FSDP2)."""
+    """Makes `forward` a method of the model; layers are checkpointed and compiled if asked, weights sharded (FSDP2)."""
     layers = [x for x in model.modules() if type(x).__name__ in (model._no_split_modules or ())]
     for layer in layers if args.gradient_checkpointing else ():
         layer.forward = lambda *x, forward=layer.forward, **kw: checkpoint(forward, *x, use_reentrant=False, **kw)
@@ -675,7 +678,7 @@ def learning_rate(args, step, peak):
 
 
 def save(args, step, last, tokenizer, **trained):
-    """checkpoints/step-N, renamed into place: a kill leaves a whole one. At the end `out` gets the first model."""
+    """Writes checkpoints/step-N, renamed into place: a kill leaves a whole one. In the end `out` gets the model."""
     folder = Path(args.out, "checkpoints", f"step-{step}")
     for name, (model, optimizer) in trained.items():
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -4,8 +4,8 @@
 # ///
 """RM: a reward model from preferences (Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
 
-A language model whose output head is replaced by one that reads a whole text, prompt and completion, and gives it one
-number, the reward. It learns from pairs, a chosen and a rejected completion of one prompt, by maximum likelihood under
+A language model whose output head is replaced by one that gives a whole text, prompt and completion, one number: the
+reward. It learns from pairs, a chosen and a rejected completion of one prompt, by maximum likelihood under
 
     P(chosen > rejected) = sigmoid(chosen_rewards - rejected_rewards)                         Bradley and Terry
 
@@ -91,7 +91,7 @@ class Args:
     compile: bool = False  # torch.compile each layer
 
     # run
-    seed: int = 0  # of the order of rows and of every draw in training
+    seed: int = 0  # of every random draw in training
     eval_every: int = 100  # steps; 0: only before and after training
     eval_size: int = 1000  # held-out rows, at most
     save_every: int = 100  # steps between checkpoints; 0: only at the end
@@ -187,12 +187,12 @@ def encode(tokenizer, row: dict, system_prompt: str | None, completion: str | No
 
 
 def last_turns(row: dict, chat_template: str | None) -> dict | None:
-    """The row with `prompt` and, as text, its two last turns; None if the conversations differ before these."""
+    """The row with its `prompt` and, as text, the last turn of each side; None if the sides differ before that."""
     assert {"chosen", "rejected"} <= row.keys(), f"it needs `chosen` and `rejected`, and has only {', '.join(row)}"
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, list):  # messages
         (*before, chosen), (*other, rejected) = chosen, rejected
-        prompt, chosen, rejected = before or row.get("prompt"), chosen["content"], rejected["content"]
+        prompt, sides = before or row.get("prompt", row.get("question")), (chosen["content"], rejected["content"])
     elif "prompt" in row or "question" in row:
         return row
     else:  # whole conversations, as in HH-RLHF
@@ -201,8 +201,8 @@ def last_turns(row: dict, chat_template: str | None) -> dict | None:
         assert before, "without `prompt`, turns must begin with `\\n\\nHuman:` and `\\n\\nAssistant:`"
         roles = ["user" if "Human" in name else "assistant" for name in before[1::2]]
         turns = [{"role": role, "content": text.strip()} for role, text in zip(roles, before[2::2])]
-        prompt = turns if chat_template else "".join(before)
-    return row | {"prompt": prompt, "chosen": chosen, "rejected": rejected} if before == other else None
+        prompt, sides = turns if chat_template else "".join(before), (chosen, rejected)
+    return row | {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]} if before == other else None
 
 
 def encode_pair(tokenizer, args, row: dict) -> bool:
@@ -211,6 +211,7 @@ def encode_pair(tokenizer, args, row: dict) -> bool:
     pair = last_turns(row | made, tokenizer.chat_template)
     if not pair:
         return False
+    assert isinstance(pair["chosen"], str) and isinstance(pair["rejected"], str), "a side is neither text nor messages"
     ids = [encode(tokenizer, pair, args.system_prompt, x) for x in (None, pair["chosen"], pair["rejected"])]
     row.update(prompt_ids=ids[0], chosen_ids=ids[1], rejected_ids=ids[2], length=max(map(len, ids)))
     return ids[1] != ids[2] and row["length"] <= args.max_length
@@ -221,7 +222,7 @@ def encode_pair(tokenizer, args, row: dict) -> bool:
 
 def load_reward_model(name, tokenizer, seed):
     """A language model with a new head `score`, whose weights have variance 1 / (D + 1) (Stiennon et al. 2020,
-    arXiv:2009.01325), or a saved reward model. A pad token of its own is added where the tokenizer has none."""
+    arXiv:2009.01325), or a saved reward model. A pad token is added where there is none beside EOS."""
     options = {"num_labels": 1, "dtype": torch.float32, "output_loading_info": True}
     model, info = AutoModelForSequenceClassification.from_pretrained(name, **options)
     if "score.weight" in info["missing_keys"]:
@@ -250,7 +251,7 @@ def reward_pass(model, pairs: list[dict], num_pairs: int, args) -> dict[str, flo
     for part in [pairs[i : i + size] for i in range(0, len(pairs), size)]:
         texts = [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in part]
         lengths = torch.tensor([len(text) for text in texts], device=DEVICE)  # (2n,)
-        margin = torch.tensor([float(pair.get("margin") or 0.0) for pair in part], device=DEVICE)  # (n,)
+        margin = torch.tensor([float(pair.get("margin", 0.0)) for pair in part], device=DEVICE)  # (n,)
         rewards = model.text_rewards(pad(texts), lengths)  # (2n,)
         chosen, rejected = rewards.chunk(2)  # (n,) each
         losses = bradley_terry_loss(chosen, rejected, margin, args.center_coef)  # (n,)
@@ -328,13 +329,13 @@ def main(args: Args) -> dict[str, float]:
 
 
 def check(condition, message: str):
-    """Ends the run with a sentence that says what to change."""
+    """Unless `condition` holds, ends the run with a sentence that says what to change."""
     if not condition:
         raise SystemExit(message)
 
 
 def start_run(args) -> tuple[int, Path | None]:
-    """Starts the process group. Returns the first step and, to resume, the checkpoint, to which it cuts the log."""
+    """Starts the process group. Returns the first step and, to resume from, the checkpoint; cuts the log back to it."""
     out = Path(args.out)
     for name in {args.model, getattr(args, "reward", "")} & {"runs/sft", "runs/rm"}:
         check(Path(name, "config.json").exists(), f"{name} is not there: run `python {name[5:]}.py` first")
@@ -355,7 +356,7 @@ def start_run(args) -> tuple[int, Path | None]:
 
 
 def prepare(model, args, forward):
-    """The model as it trains, `forward` a method of it: layers checkpointed, compiled, weights sharded (FSDP2)."""
+    """Makes `forward` a method of the model; layers are checkpointed and compiled if asked, weights sharded (FSDP2)."""
     layers = [x for x in model.modules() if type(x).__name__ in (model._no_split_modules or ())]
     for layer in layers if args.gradient_checkpointing else ():
         layer.forward = lambda *x, forward=layer.forward, **kw: checkpoint(forward, *x, use_reentrant=False, **kw)
@@ -400,7 +401,7 @@ def learning_rate(args, step, peak):
 
 
 def save(args, step, last, tokenizer, **trained):
-    """checkpoints/step-N, renamed into place: a kill leaves a whole one. At the end `out` gets the first model."""
+    """Writes checkpoints/step-N, renamed into place: a kill leaves a whole one. In the end `out` gets the model."""
     folder = Path(args.out, "checkpoints", f"step-{step}")
     for name, (model, optimizer) in trained.items():
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)

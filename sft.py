@@ -68,10 +68,10 @@ class Args:
     out: str = "runs/sft"  # the trained model, metrics.jsonl and checkpoints
 
     # optimisation
-    epochs: int = 2  # passes over the training rows
+    epochs: int = 2  # passes over the training rows; paper: 16
     steps: int = 0  # of training; 0: as many as `epochs` take
-    batch_size: int = 16  # rows of a step, on all processes together
-    lr: float | None = None  # peak; default: 1e-5; 2e-3 for models below 10 million parameters
+    batch_size: int = 16  # rows of a step, on all processes together; paper: 32
+    lr: float | None = None  # peak; default: 1e-5 (paper: 9.65e-6); 2e-3 for models below 10 million parameters
     lr_schedule: Literal["linear", "constant"] = "linear"  # after the warm-up; linear falls to 0
     warmup_steps: int = 15  # over which the learning rate rises from 0
     micro_batch_size: int = 64  # sequences in a forward and backward pass, on each GPU
@@ -79,7 +79,7 @@ class Args:
     compile: bool = False  # torch.compile each layer
 
     # run
-    seed: int = 0  # of the order of rows and of every draw in training
+    seed: int = 0  # of every random draw in training
     eval_every: int = 500  # steps; 0: only before and after training
     eval_size: int = 500  # held-out rows, at most
     save_every: int = 500  # steps between checkpoints; 0: only at the end
@@ -171,9 +171,9 @@ def encode_row(tokenizer, args, row: dict) -> bool:
     messages = row.get("messages", [])
     pairs = [({"prompt": messages[:i]}, x["content"]) for i, x in enumerate(messages) if x["role"] == "assistant"]
     text = solve(row["arithmetic"]) if "arithmetic" in row else row.get("completion", row.get("answer"))
-    assert pairs or text is not None, f"no `completion`, `answer` or assistant's turn, only {', '.join(row)}"
     ids, mask = [], []
     for before, completion in pairs or [(row, text)]:
+        assert isinstance(completion, str), f"no text in `completion`, `answer` or `messages`; it has {', '.join(row)}"
         prompt_ids = encode(tokenizer, before, args.system_prompt)
         both = [*encode(tokenizer, before, args.system_prompt, completion), tokenizer.eos_token_id]
         assert both[: len(ids)] == ids, "the chat template edits earlier turns: make it one row per turn"
@@ -282,7 +282,7 @@ def main(args: Args) -> dict[str, float]:
 
     begin = time.perf_counter()
     for step in range(first_step, args.steps + 1):
-        # (1) batch: the next rows of an epoch, which leaves out those that fill no batch
+        # (1) batch; rows at the end of an epoch that fill none are left out
         clock, metrics = time.perf_counter(), defaultdict(float)
         epoch, k = divmod(step - 1, len(rows) // args.batch_size)
         drawn = torch.randperm(len(rows), generator=seeded(args.seed, "rows", epoch)).split(args.batch_size)[k]
@@ -320,13 +320,13 @@ def main(args: Args) -> dict[str, float]:
 
 
 def check(condition, message: str):
-    """Ends the run with a sentence that says what to change."""
+    """Unless `condition` holds, ends the run with a sentence that says what to change."""
     if not condition:
         raise SystemExit(message)
 
 
 def start_run(args) -> tuple[int, Path | None]:
-    """Starts the process group. Returns the first step and, to resume, the checkpoint, to which it cuts the log."""
+    """Starts the process group. Returns the first step and, to resume from, the checkpoint; cuts the log back to it."""
     out = Path(args.out)
     for name in {args.model, getattr(args, "reward", "")} & {"runs/sft", "runs/rm"}:
         check(Path(name, "config.json").exists(), f"{name} is not there: run `python {name[5:]}.py` first")
@@ -366,7 +366,7 @@ def stop_ids(tokenizer, model) -> list[int]:
 
 
 def prepare(model, args, forward):
-    """The model as it trains, `forward` a method of it: layers checkpointed, compiled, weights sharded (FSDP2)."""
+    """Makes `forward` a method of the model; layers are checkpointed and compiled if asked, weights sharded (FSDP2)."""
     layers = [x for x in model.modules() if type(x).__name__ in (model._no_split_modules or ())]
     for layer in layers if args.gradient_checkpointing else ():
         layer.forward = lambda *x, forward=layer.forward, **kw: checkpoint(forward, *x, use_reentrant=False, **kw)
@@ -411,7 +411,7 @@ def learning_rate(args, step, peak):
 
 
 def save(args, step, last, tokenizer, **trained):
-    """checkpoints/step-N, renamed into place: a kill leaves a whole one. At the end `out` gets the first model."""
+    """Writes checkpoints/step-N, renamed into place: a kill leaves a whole one. In the end `out` gets the model."""
     folder = Path(args.out, "checkpoints", f"step-{step}")
     for name, (model, optimizer) in trained.items():
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)

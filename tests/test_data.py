@@ -246,9 +246,10 @@ def test_rows_that_sft_cannot_use():
     assert trained(tokenizer, {"messages": think[:3]}) == (True, ["<think>x</think>one<|end|>"])
     with pytest.raises(AssertionError, match="one row per turn"):
         trained(tokenizer, {"messages": think})
-    for row in ({"prompt": "a", "text": "b"}, {"messages": CHAT[:2]}):
-        with pytest.raises(AssertionError, match="no `completion`, `answer` or assistant"):
-            trained(tokenizer, row)
+    silent = {"role": "assistant", "content": None}  # a call of a tool
+    for row in ({"text": "b"}, {"messages": CHAT[:2]}, {"completion": CHAT[2:3]}, {"messages": [*CHAT[:2], silent]}):
+        with pytest.raises(AssertionError, match="no text in `completion`, `answer` or `messages`; it has prompt, "):
+            trained(tokenizer, {"prompt": "a", **row})
     plain = bytes_tokenizer(None)
     assert trained(plain, {"prompt": "a" * 20, "completion": "b" * 11}, max_length=32)[0]
     assert not trained(plain, {"prompt": "a" * 20, "completion": "b" * 12}, max_length=32)[0]
@@ -259,11 +260,7 @@ def test_the_row_of_a_fault_is_named(tmp_path):
     tokenizer = bytes_tokenizer(THINK)
     think = {"messages": [*CHAT[:2], {"role": "assistant", "content": "<think>x</think>one"}, *CHAT[3:]]}
     with pytest.raises(SystemExit, match="row 3 .*one row per turn"):
-        read(
-            [{"messages": CHAT}, {"messages": CHAT}, think],
-            tmp_path,
-            lambda row: sft.encode_row(tokenizer, sft.Args(), row),
-        )
+        read([{"messages": CHAT}] * 2 + [think], tmp_path, lambda row: sft.encode_row(tokenizer, sft.Args(), row))
     tokenizer = bytes_tokenizer(NO_SYSTEM)
     with pytest.raises(SystemExit, match='row 1 .*no system role.*--system-prompt ""'):
         read([ROW] * 3, tmp_path, lambda row: grpo.encode(tokenizer, row, "Think."), system_prompt="Think.")
@@ -288,6 +285,7 @@ def test_layouts_of_pairs():
         {"prompt": turns, "chosen": "2", "rejected": "3"},
         {"chosen": turns + sides["chosen"], "rejected": turns + sides["rejected"]},
         {"prompt": turns, **sides},
+        {"question": turns, **sides},
         hh,
     ]
     tokenizer = sft.tiny(0)[0]
@@ -296,7 +294,7 @@ def test_layouts_of_pairs():
         for row in rows:
             assert script.encode_pair(tokenizer, script.Args(), row)
             found.append([row[x] for x in ("prompt_ids", "chosen_ids", "rejected_ids", "length")])
-        assert found == [found[0]] * 4
+        assert found == [found[0]] * 5
     assert tokenizer.decode(found[0][1]).endswith("<|user|>1+1?<|end|><|assistant|>2<|end|>")
     plain = bytes_tokenizer(None)
     assert dpo.encode_pair(plain, dpo.Args(), hh)
@@ -316,6 +314,7 @@ def test_pairs_that_hold_no_preference_are_dropped():
         ({"prompt": "a", "chosen": "b"}, "`chosen` and `rejected`, and has only prompt, chosen"),
         ({"chosen": "b", "rejected": "c"}, "Human"),
         ({"chosen": [ROW], "rejected": [ROW]}, "content"),
+        ({"prompt": "a", "chosen": 1, "rejected": 2}, "neither text nor messages"),
     ):
         with pytest.raises((AssertionError, KeyError), match=words):
             rm.encode_pair(tokenizer, rm.Args(), row)
@@ -356,7 +355,7 @@ def test_dpo_sums_over_the_completion_through_its_end(monkeypatch):
         ("#### 7.0", "7", 1),
         ("#### 007", "7", 1),
         ("#### 7.5", "7", 0),
-        ("#### 0.50", ".5", 0),
+        ("#### 0.50", ".5", 1),
         ("#### 0.50", "0.5", 1),
         ("\\boxed{42}\n#### Summary", "42", 1),
         ("It is \\boxed{7}. (The form \\boxed{} was asked for.)", "7", 1),

@@ -81,14 +81,8 @@ def data(tmp_path_factory):
 
 def settings(name, data, out, **changes):
     same = {"model": f"{data}/tiny", "dataset": f"{data}/rows.jsonl", "out": str(out), "steps": 2, "eval_size": 4}
-    same |= {
-        "eval_every": 1,
-        "save_every": 1,
-        "lr": 1e-3,
-        "warmup_steps": 0,
-        "micro_batch_size": 2,
-        "lr_schedule": "constant",
-    }
+    same |= {"eval_every": 1, "save_every": 1, "lr": 1e-3, "warmup_steps": 0, "micro_batch_size": 2}
+    same |= {"lr_schedule": "constant"}
     online = {"prompts_per_step": 4, "max_new_tokens": 8, "reward": f"{data}/rewards.py:letters", "fixed": True}
     own = {"grpo": {**online, "group_size": 3}, "ppo": {**online, "num_minibatches": 1, "value_lr": 1e-3}}
     return {**same, **own.get(name, {"batch_size": 6}), **changes}
@@ -148,20 +142,19 @@ def test_two_processes_give_the_run_of_one(name, data, tmp_path):
 
 def test_two_processes_really_sample_and_may_compile(data, tmp_path):
     """ppo.py with two epochs of two minibatches, its early stop, and drawn completions: other draws in each process."""
-    run(
-        "ppo",
-        2,
-        data,
-        tmp_path / "ppo",
-        fixed=False,
-        num_epochs=2,
-        num_minibatches=2,
-        target_kl=0.5,
-        gradient_checkpointing=True,
-    )
+    changes = {"num_epochs": 2, "num_minibatches": 2, "target_kl": 0.5, "gradient_checkpointing": True}
+    run("ppo", 2, data, tmp_path / "ppo", fixed=False, **changes)
     assert metrics(tmp_path / "ppo")[-1]["num_updates"] > 1
     run("grpo", 2, data, tmp_path / "grpo", fixed=False, num_epochs=2, kl_coef=0.0)
     assert metrics(tmp_path / "grpo")[-1]["completion_length"] > 1
+
+
+def test_held_out_pairs_without_an_answer(data, tmp_path):
+    """One process alone sees the pair without an answer; neither then measures accuracy."""
+    rows = [json.loads(line) for line in (data / "rows.jsonl").read_text().splitlines()]
+    del rows[-1]["answer"]
+    run("dpo", 2, data, tmp_path / "out", dataset=write_rows(tmp_path / "rows.jsonl", rows), steps=1)
+    assert not any("accuracy_" in key for row in metrics(tmp_path / "out") for key in row)
 
 
 def test_a_reward_that_one_process_fails_to_compute_ends_both(data, tmp_path):

@@ -472,7 +472,7 @@ def test_kill_9_from_the_command_line(tiny, data, runs, tmp_path):
 # --------------------------------------------------------------------------------------------------------------- errors
 
 ENDS = [  # scripts, changes, words of the one sentence
-    (SCRIPTS, {"dataset": [{"text": "x", "id": 1}] * 60}, r"row 1 .*`.*only text, id"),
+    (SCRIPTS, {"dataset": [{"text": "x", "id": 1}] * 60}, r"row 1 .*`.* has (only )?text, id"),
     (SCRIPTS, {"dataset": []}, "too few rows"),
     (["grpo", "ppo"], {"dataset": [{"prompt": "1"}] * 60, "reward": "exact"}, "row 1 .*`answer`.*has only prompt"),
     (["sft", "rm", "dpo"], {"batch_size": 58}, r"too few rows for a step \(58\)"),
