@@ -93,12 +93,11 @@ def pipeline(seeds: tuple[int, ...] = (0, 1, 2), out: str = "runs/pipeline"):
             took = seconds(lambda c=command: subprocess.run(c, check=True, stdout=subprocess.DEVNULL))
             (folder / "seconds").write_text(f"{took:.0f}")
         last, found = rows_of(folder)[-1], ("eval/accuracy_sampled", "eval/accuracy_greedy", "eval/pair_accuracy")
-        table[name].append([int((folder / "seconds").read_text()), *(last[x] for x in found if x in last)])
+        table[name].append([int((folder / "seconds").read_text()), *map(last.get, found)])
         print(folder, *table[name][-1], flush=True)
-    print("\n| run | s | true accuracy, sampled (of pairs) | greedy |\n|---|---|---|---|")
-    for name, found in table.items():
-        took, *columns = zip(*found)
-        cells = [f"**{mean(x):.3f}** ({', '.join(f'{value:.3f}' for value in x)})" for x in columns]
+    print("\n| run | seconds | accuracy, sampled | accuracy, greedy | pairs |\n|---|---|---|---|---|")
+    for name, (took, *columns) in [(name, zip(*found)) for name, found in table.items()]:
+        cells = ["" if None in x else f"**{mean(x):.3f}** ({', '.join(f'{y:.3f}' for y in x)})" for x in columns]
         print(f"| {name} | {min(took)} to {max(took)} | {' | '.join(cells)} |")
     names = [name for name in RUNS if name not in ("GRPO, negated", "reward model")]
     axes = pyplot.subplots(figsize=(8, 3.6))[1]
@@ -128,7 +127,7 @@ def curve(sft_run: str = "runs/sft", grpo_run: str = "runs/grpo"):
 def finish(axes, label: str, path: str):
     axes.set(ylim=(0, 1.02), ylabel=label)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="best", framealpha=1)
     axes.figure.tight_layout()
     axes.figure.savefig(ROOT / path, dpi=100)
 
