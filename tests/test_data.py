@@ -334,9 +334,11 @@ def test_dpo_sums_over_the_completion_through_its_end(monkeypatch):
     logps = dpo.pair_logps(Policy(), [row, row], [tokenizer.eos_token_id])
     start = len(row["prompt_ids"])  # "#### 2" and its end are 7 tokens
     assert logps.shape == (2, 2) and logps[0, 0].item() == sum(range(start, start + 7))
-    assert [tokenizer.decode(x[m == 1]) for x, m in zip(seen["ids"], seen["mask"])] == ["#### 2<|end|>"] * 2 + [
-        "#### 3<|end|>"
-    ] * 2
+    texts = [tokenizer.decode(x[m == 1]) for x, m in zip(seen["ids"], seen["mask"])]
+    assert texts == ["#### 2<|end|>"] * 2 + ["#### 3<|end|>"] * 2
+    row = {"prompt_ids": [9], "chosen_ids": [5, 6, 1, 7], "rejected_ids": [9, 1]}
+    dpo.pair_logps(Policy(), [row], [1])  # nothing stands before the first token; what follows the end does not count
+    assert seen["mask"].tolist() == [[0, 1, 1], [0, 1, 0]]
 
 
 # -------------------------------------------------------------------------------------------------------------- answers

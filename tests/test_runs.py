@@ -59,15 +59,8 @@ def data(tmp_path_factory):
 
 def settings(name, tiny, data, out, **changes):
     """Three steps on a small model, with an evaluation and a checkpoint after each."""
-    same = {
-        "model": tiny,
-        "dataset": f"{data}/rows.jsonl",
-        "out": str(out),
-        "steps": 3,
-        "eval_size": 4,
-        "eval_every": 1,
-    }
-    same |= {"save_every": 1, "lr": 1e-3, "warmup_steps": 0, "micro_batch_size": 4, "seed": 5}
+    same = {"model": tiny, "dataset": f"{data}/rows.jsonl", "out": str(out), "steps": 3, "eval_size": 4}
+    same |= {"eval_every": 1, "save_every": 1, "lr": 1e-3, "warmup_steps": 0, "micro_batch_size": 4, "seed": 5}
     online = {"prompts_per_step": 4, "max_new_tokens": 8, "reward": f"{data}/rewards.py:letters"}
     own = {"sft": {"batch_size": 6}, "rm": {"batch_size": 6}, "dpo": {"batch_size": 6}}
     own |= {
@@ -150,6 +143,75 @@ def test_the_first_step_starts_from_the_reference(name, runs):
         assert rows[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6) and rows[0]["eval/pair_accuracy"] == 0.5
         assert rows[1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert [row["lr"] for row in rows[1:]] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
+
+
+def gradient_norm(loss, model):
+    loss.backward()
+    return torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+
+
+def completion_logps(model, prompt, completion):
+    """log pi of each token of the completion, by one plain forward pass of this text alone."""
+    logprobs = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return logprobs[torch.arange(len(completion)), completion]
+
+
+@pytest.mark.parametrize("name", ["sft", "rm", "dpo"])
+def test_the_first_gradient_is_that_of_plain_code(name, tiny, data, tmp_path):
+    """Loss and gradient norm of a step of 56 rows in micro-batches, against one text at a time, without masks."""
+    own = {"dpo": {"beta": 0.3}, "rm": {"center_coef": 0.1}}.get(name, {})
+    run(name, tiny, data, tmp_path / "out", steps=1, batch_size=56, **own)
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
+    model = rm.load_reward_model(tiny, tokenizer, 5) if name == "rm" else model
+    loss = num_tokens = 0
+    for row in [json.loads(line) for line in (data / "rows.jsonl").read_text().splitlines()][:56]:
+        prompt = grpo.encode(tokenizer, row, None)
+        texts = [[*tokenizer.encode(row[x]), 1] for x in ("completion", "chosen", "rejected")]
+        if name == "rm":
+            chosen, rejected = (model(torch.tensor([prompt + text])).logits[0, 0] for text in texts[1:])
+            loss = loss + (1 + (rejected - chosen).exp()).log() + 0.1 * (chosen + rejected) ** 2
+            continue
+        of_completion, chosen, rejected = (completion_logps(model, prompt, text).sum() for text in texts)
+        if name == "sft":
+            loss, num_tokens = loss - of_completion, num_tokens + len(texts[0])
+        else:  # z is 0, where -log sigmoid(z) is ln 2 and falls by half of z
+            z = 0.3 * (chosen - rejected)
+            loss = loss + math.log(2) - 0.5 * (z - z.detach())
+    loss, row = loss / (num_tokens or 56), rows_of(tmp_path / "out")[1]
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert row["grad_norm"] == pytest.approx(gradient_norm(loss, model), rel=1e-4)
+
+
+@ONLINE
+def test_the_first_gradient_of_given_completions(name, tiny, data, tmp_path, monkeypatch):
+    """grpo.py: -1/N sum of A / |y| sum of log pi, where rewards of 1, 2 and 3 eighths give A by hand. ppo.py: its new
+    value head is 0, so the return of the k-th token from the end is 0.95^k times the score."""
+    script, made = SCRIPTS[name], []
+
+    def generate(model, prompts, num_samples, *_):
+        lengths = [1 + n % (num_samples if num_samples > 1 else 4) for n in range(len(prompts) * num_samples)]
+        completions = [[*range(10 + n, 10 + n + length), 1] for n, length in enumerate(lengths)]
+        made.append(([prompt for prompt in prompts for _ in range(num_samples)], completions))
+        return completions, [[0.0] * len(completion) for completion in completions]
+
+    monkeypatch.setattr(script, "generate", generate)
+    own = {"grpo": {"num_epochs": 1, "kl_coef": 0.0}, "ppo": {"num_minibatches": 1}}[name]
+    run(name, tiny, data, tmp_path / "out", steps=1, **own)
+    row, model = rows_of(tmp_path / "out")[1], AutoModelForCausalLM.from_pretrained(tiny)
+    prompts, completions = made[2]  # after the two of the evaluation
+    logps = [completion_logps(model, *pair) for pair in zip(prompts, completions)]
+    if name == "grpo":
+        assert row["reward"] == 0.25 and len(logps) == 12
+        advantages = [-0.125 / 0.1251, 0.0, 0.125 / 0.1251] * 4
+        loss = -sum(A * x.mean() for A, x in zip(advantages, logps)) / 12
+    else:  # scores of 1, 2, 3 and 4 eighths, 14 tokens
+        returns = torch.cat([(n + 1) / 8 * 0.95 ** torch.arange(n + 1.0, -1, -1) for n in range(4)])
+        loss = -((returns - returns.mean()) / returns.std(correction=0) * torch.cat(logps)).mean()
+        hidden = [model.model(torch.tensor([p + c])).last_hidden_state[0, len(p) - 1 : -1] for p, c in zip(*made[2])]
+        inputs = torch.nn.functional.pad(torch.cat(hidden), (0, 1), value=1.0)  # with the bias
+        assert row["value_loss"] == pytest.approx((returns**2).mean().item() / 2, rel=1e-5)
+        assert row["value_grad_norm"] == pytest.approx((returns @ inputs / 14).norm().item(), rel=1e-4)
+    assert row["grad_norm"] == pytest.approx(gradient_norm(loss, model), rel=1e-3)
 
 
 def test_a_reward_model_scores_as_transformers_does(runs):
