@@ -146,7 +146,7 @@ def read_rows(name: str, split: str) -> list[dict]:
     if name == "arithmetic":
         return arithmetic(split)
     if name.endswith(".jsonl"):
-        with open(name, encoding="utf-8") as file:
+        with open(name, encoding="utf-8-sig") as file:
             return [json.loads(line) for line in file if line.strip()]  # as they stand: no column changes its type
     if name.endswith(".parquet"):
         return list(load_dataset("parquet", data_files=name, split="train"))
@@ -213,9 +213,11 @@ def encode_pair(tokenizer, args, row: dict) -> bool:
     pair = last_turns(row | made, tokenizer.chat_template)
     if not pair:
         return False
-    assert isinstance(pair["chosen"], str) and isinstance(pair["rejected"], str), "a side is neither text nor messages"
     ids = [encode(tokenizer, pair, args.system_prompt, x) for x in (None, pair["chosen"], pair["rejected"])]
     row.update(prompt_ids=ids[0], chosen_ids=ids[1], rejected_ids=ids[2], length=max(map(len, ids)))
+    for side, side_ids in (("chosen", ids[1]), ("rejected", ids[2])):
+        whole_text = tokenizer.decode(tokenizer.encode(str(pair[side]), add_special_tokens=False)).split()
+        assert "".join(whole_text) in "".join(tokenizer.decode(side_ids).split()), "the chat template cuts a side"
     return ids[1] != ids[2] and row["length"] <= args.max_length
 
 
@@ -379,9 +381,8 @@ def start_run(args) -> tuple[int, Path | None]:
         torch.cuda.set_device(DEVICE)
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo")
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    elif (out / "metrics.jsonl").exists():
+    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout  # noqa: SIM115
+    if RANK == 0 and (out / "metrics.jsonl").exists():
         lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
         (out / "metrics.jsonl").write_text("".join(lines[: step + 1 if folder else 0]))  # later steps are run again
     return step + 1, folder

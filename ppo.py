@@ -201,7 +201,7 @@ def read_rows(name: str, split: str) -> list[dict]:
     if name == "arithmetic":
         return arithmetic(split)
     if name.endswith(".jsonl"):
-        with open(name, encoding="utf-8") as file:
+        with open(name, encoding="utf-8-sig") as file:
             return [json.loads(line) for line in file if line.strip()]  # as they stand: no column changes its type
     if name.endswith(".parquet"):
         return list(load_dataset("parquet", data_files=name, split="train"))
@@ -275,6 +275,7 @@ def load_reward(args):
     else:
         tokenizer = AutoTokenizer.from_pretrained(args.reward)
         model = AutoModelForSequenceClassification.from_pretrained(args.reward, dtype=DTYPE).to(DEVICE)
+        check(model.config.num_labels == 1, f"--reward {args.reward}: a reward model has one label")
         model.config.pad_token_id = tokenizer.pad_token_id  # it scores the last token that is not this one
 
         @torch.no_grad()
@@ -605,9 +606,8 @@ def start_run(args) -> tuple[int, Path | None]:
         torch.cuda.set_device(DEVICE)
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo")
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    elif (out / "metrics.jsonl").exists():
+    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout  # noqa: SIM115
+    if RANK == 0 and (out / "metrics.jsonl").exists():
         lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
         (out / "metrics.jsonl").write_text("".join(lines[: step + 1 if folder else 0]))  # later steps are run again
     return step + 1, folder

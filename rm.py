@@ -144,7 +144,7 @@ def read_rows(name: str, split: str) -> list[dict]:
     if name == "arithmetic":
         return arithmetic(split)
     if name.endswith(".jsonl"):
-        with open(name, encoding="utf-8") as file:
+        with open(name, encoding="utf-8-sig") as file:
             return [json.loads(line) for line in file if line.strip()]  # as they stand: no column changes its type
     if name.endswith(".parquet"):
         return list(load_dataset("parquet", data_files=name, split="train"))
@@ -211,9 +211,11 @@ def encode_pair(tokenizer, args, row: dict) -> bool:
     pair = last_turns(row | made, tokenizer.chat_template)
     if not pair:
         return False
-    assert isinstance(pair["chosen"], str) and isinstance(pair["rejected"], str), "a side is neither text nor messages"
     ids = [encode(tokenizer, pair, args.system_prompt, x) for x in (None, pair["chosen"], pair["rejected"])]
     row.update(prompt_ids=ids[0], chosen_ids=ids[1], rejected_ids=ids[2], length=max(map(len, ids)))
+    for side, side_ids in (("chosen", ids[1]), ("rejected", ids[2])):
+        whole_text = tokenizer.decode(tokenizer.encode(str(pair[side]), add_special_tokens=False)).split()
+        assert "".join(whole_text) in "".join(tokenizer.decode(side_ids).split()), "the chat template cuts a side"
     return ids[1] != ids[2] and row["length"] <= args.max_length
 
 
@@ -246,7 +248,7 @@ def text_rewards(model, ids: Tensor, lengths: Tensor) -> Tensor:
 
 def reward_pass(model, pairs: list[dict], num_pairs: int, args) -> dict[str, float]:
     """Loss and metrics, means over `num_pairs`, the pairs of all processes. Adds up the gradient where it is on."""
-    names = ["loss", "pair_accuracy", "margin", "longer_wins", "reward_mean", "reward_square"]
+    names = ["loss", "pair_accuracy", "margin", "longer_wins", "reward_mean"]
     pairs, size, means = sorted(pairs, key=lambda pair: pair["length"]), max(1, args.micro_batch_size // 2), Counter()
     for part in [pairs[i : i + size] for i in range(0, len(pairs), size)]:
         texts = [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in part]
@@ -259,11 +261,9 @@ def reward_pass(model, pairs: list[dict], num_pairs: int, args) -> dict[str, flo
             (losses.sum() / num_pairs * WORLD).backward()  # FSDP averages over the processes
         gap, longer = chosen - rejected, torch.sub(*lengths.chunk(2))
         wins = [(x.sign() + 1) / 2 for x in (gap, longer)]  # 1, or 0, or half if both are equal
-        values = (losses, wins[0], gap, wins[1], rewards / 2, rewards**2 / 2)  # a pair has two rewards
+        values = (losses, wins[0], gap, wins[1], rewards / 2)  # a pair has two rewards
         means.update(dict(zip(names, torch.stack([x.sum() / num_pairs for x in values]).tolist())))  # adds up
-    means = over_ranks(means)
-    means["reward_std"] = max(0.0, means.pop("reward_square") - means["reward_mean"] ** 2) ** 0.5
-    return means
+    return over_ranks(means)
 
 
 @torch.no_grad()
@@ -347,9 +347,8 @@ def start_run(args) -> tuple[int, Path | None]:
         torch.cuda.set_device(DEVICE)
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo")
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    elif (out / "metrics.jsonl").exists():
+    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout  # noqa: SIM115
+    if RANK == 0 and (out / "metrics.jsonl").exists():
         lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
         (out / "metrics.jsonl").write_text("".join(lines[: step + 1 if folder else 0]))  # later steps are run again
     return step + 1, folder

@@ -124,7 +124,7 @@ def read_rows(name: str, split: str) -> list[dict]:
     if name == "arithmetic":
         return arithmetic(split)
     if name.endswith(".jsonl"):
-        with open(name, encoding="utf-8") as file:
+        with open(name, encoding="utf-8-sig") as file:
             return [json.loads(line) for line in file if line.strip()]  # as they stand: no column changes its type
     if name.endswith(".parquet"):
         return list(load_dataset("parquet", data_files=name, split="train"))
@@ -168,10 +168,9 @@ def encode(tokenizer, row: dict, system_prompt: str | None, completion: str | No
 
 def encode_row(tokenizer, args, row: dict) -> bool:
     """Gives a row its `ids`, their `mask`, 1.0 on completions, and the `start` of the last one. Do they fit?"""
-    messages = row.get("messages", [])
+    messages, ids, mask = row.get("messages", []), [], []
     pairs = [({"prompt": messages[:i]}, x["content"]) for i, x in enumerate(messages) if x["role"] == "assistant"]
     text = solve(row["arithmetic"]) if "arithmetic" in row else row.get("completion", row.get("answer"))
-    ids, mask = [], []
     for before, completion in pairs or [(row, text)]:
         assert isinstance(completion, str), f"no text in `completion`, `answer` or `messages`; it has {', '.join(row)}"
         prompt_ids = encode(tokenizer, before, args.system_prompt)
@@ -180,6 +179,8 @@ def encode_row(tokenizer, args, row: dict) -> bool:
         start = next((i for i, (x, y) in enumerate(zip(prompt_ids, both)) if x != y), len(prompt_ids))
         ids = both[: both.index(tokenizer.eos_token_id, start) + 1]  # what the template puts behind it is not trained
         mask += [0.0] * (start - len(mask)) + [1.0] * (len(ids) - start)
+        whole_text = tokenizer.decode(tokenizer.encode(completion, add_special_tokens=False)).split()
+        assert "".join(whole_text) in "".join(tokenizer.decode(ids).split()), "the chat template or EOS cuts its text"
     row.update(ids=ids, mask=mask, start=start)
     return not mask[0] and len(ids) <= args.max_length  # nothing stands before the first token to predict it from
 
@@ -338,9 +339,8 @@ def start_run(args) -> tuple[int, Path | None]:
         torch.cuda.set_device(DEVICE)
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo")
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    elif (out / "metrics.jsonl").exists():
+    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout  # noqa: SIM115
+    if RANK == 0 and (out / "metrics.jsonl").exists():
         lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
         (out / "metrics.jsonl").write_text("".join(lines[: step + 1 if folder else 0]))  # later steps are run again
     return step + 1, folder

@@ -64,11 +64,12 @@ def test_pairs_are_a_flawless_solution_and_one_that_ends_wrong():
 
 @ALL
 def test_rows_of_a_file_stay_what_they_are(script, tmp_path):
-    """Line separators of Unicode inside a text, answers that look like numbers or dates, a blank line."""
+    """Line separators of Unicode inside a text, answers that look like numbers or dates, a blank line;
+    a byte order mark, as some editors write it."""
     rows = [{"prompt": "a\u2028b\u0085c", "answer": "007"}, {"prompt": "p", "answer": "1.50"}]
     rows += [{"prompt": "p", "answer": "2024-05-01"}, {"prompt": "p", "answer": 100000000000000000000}]
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8-sig")
     assert script.read_rows(str(path), "train") == rows
     Dataset.from_list(rows[:3]).to_parquet(str(tmp_path / "rows.parquet"))
     assert script.read_rows(str(tmp_path / "rows.parquet"), "train") == rows[:3]
@@ -255,6 +256,22 @@ def test_rows_that_sft_cannot_use():
     assert not trained(plain, {"prompt": "a" * 20, "completion": "b" * 12}, max_length=32)[0]
 
 
+def test_a_completion_is_trained_whole_or_refused():
+    """A template that drops reasoning, or an end token amid the text, would cut it; templates may trim spaces."""
+    says = "{% for m in messages %}<|{{ m.role }}|>{{ m.content CHANGE }}<|end|>{% endfor %}"
+    says += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    trims = bytes_tokenizer(says.replace("CHANGE", "| trim"))
+    drops = bytes_tokenizer(says.replace("CHANGE", ".split('</think>')[-1]"))
+    row = {"prompt": "q", "completion": "<think>\nx\n</think>\ny\n", "chosen": "a</think>b", "rejected": "c"}
+    assert trained(trims, row) == (True, ["<think>\nx\n</think>\ny<|end|>"]) and dpo.encode_pair(trims, dpo.Args(), row)
+    assert trained(trims, {"prompt": "q", "completion": "y<|end|>"}) == (True, ["y<|end|>"])
+    for tokenizer, text in ((drops, row["completion"]), (trims, "a turn ends with <|end|>, then")):
+        with pytest.raises(AssertionError, match="chat template or EOS cuts"):
+            trained(tokenizer, {"prompt": "q", "completion": text})
+    with pytest.raises(AssertionError, match="cuts a side"):
+        dpo.encode_pair(drops, dpo.Args(), row)
+
+
 def test_the_row_of_a_fault_is_named(tmp_path):
     """By its number in the file, in one sentence; a template without system prompts gets told the flag."""
     tokenizer = bytes_tokenizer(THINK)
@@ -310,11 +327,12 @@ def test_pairs_that_hold_no_preference_are_dropped():
     assert not rm.encode_pair(tokenizer, rm.Args(), {**ROW, "rejected": ROW["chosen"]})
     assert not rm.encode_pair(tokenizer, rm.Args(max_length=16), {**ROW, "rejected": "x" * 20})
     assert sum(rm.encode_pair(tokenizer, rm.Args(), dict(row)) for row in HH) == 30
+    silent = {"role": "assistant", "content": None}  # a call of a tool
     for row, words in (
         ({"prompt": "a", "chosen": "b"}, "`chosen` and `rejected`, and has only prompt, chosen"),
         ({"chosen": "b", "rejected": "c"}, "Human"),
         ({"chosen": [ROW], "rejected": [ROW]}, "content"),
-        ({"prompt": "a", "chosen": 1, "rejected": 2}, "neither text nor messages"),
+        ({"chosen": [*CHAT[:2], silent], "rejected": CHAT[:3]}, "cuts a side"),
     ):
         with pytest.raises((AssertionError, KeyError), match=words):
             rm.encode_pair(tokenizer, rm.Args(), row)

@@ -479,6 +479,13 @@ def test_ppo_begins_its_values_from_a_reward_model_that_reads_its_tokens(kind, t
     assert 0 <= metrics["accuracy"] <= 1 and metrics["reward_std"] > 0
 
 
+@ONLINE
+def test_a_language_model_is_no_reward_model(name, tiny, data, tmp_path):
+    with pytest.raises(SystemExit, match="a reward model has one label"):
+        run(name, tiny, data, tmp_path / "out", reward=tiny)
+    assert not (tmp_path / "out").exists()
+
+
 # --------------------------------------------------------------------------------------------------------------- resume
 
 
