@@ -5,6 +5,7 @@ import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # equal bits and narrow tolerances are claims about the CPU
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may depend on the network
 
+import importlib
 import json
 from pathlib import Path
 
@@ -16,9 +17,21 @@ import grpo
 import ppo
 import rm
 import sft
+import sync
 
-SCRIPTS = {"sft": sft, "rm": rm, "dpo": dpo, "grpo": grpo, "ppo": ppo}
+CORE = {"sft": sft, "rm": rm, "dpo": dpo, "grpo": grpo, "ppo": ppo}
+VARIANTS = {
+    path.stem: importlib.import_module(f"variants.{path.stem}") for path in sync.scripts() if path.parent != sync.ROOT
+}
+SCRIPTS = CORE | VARIANTS
+PARENT = {name: name for name in CORE}  # of each script; a core script is its own
+PARENT |= {name: sync.declared(Path(script.__file__).read_text())[0][:-3] for name, script in VARIANTS.items()}
 DATA = Path(__file__).parent / "data"
+
+
+def known(name, settings):
+    """Those of the settings that the script has a field for."""
+    return {key: x for key, x in settings.items() if hasattr(SCRIPTS[name].Args, key)}
 
 
 def save_tiny(folder, seed=0, **config):

@@ -32,7 +32,7 @@ def drifted(first: str, second: str) -> list[str]:
 def different(variant: str, parent: str) -> set[str]:
     """Names of the blocks that only one of the two has, or that they have differently."""
     left, right = sync.blocks(variant), sync.blocks(parent)
-    return {name for name in left | right if left.get(name, "??")[2] != right.get(name, "??")[2]}
+    return {name for name in left | right if left.get(name, "???")[2] != right.get(name, "???")[2]}
 
 
 @pytest.mark.parametrize("pair", itertools.combinations(SCRIPTS, 2), ids="-".join)
@@ -44,7 +44,8 @@ def test_shared_blocks_are_byte_identical(pair):
 def test_fields_of_one_name_have_one_type_and_one_meaning(pair):
     left, right = (fields(SCRIPTS[name]) for name in pair)
     for name in left.keys() & right.keys():
-        assert left[name][0] == right[name][0], name
+        types = {x[name][0].removesuffix(" | None") for x in (left, right)}  # None: the default depends on the model
+        assert len(types) == 1, name
         assert left[name][1].split(";")[0] == right[name][1].split(";")[0], name
 
 

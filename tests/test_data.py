@@ -13,11 +13,11 @@ import grpo
 import ppo
 import rm
 import sft
-from conftest import DATA, SCRIPTS, write_rows
+from conftest import CORE, DATA, write_rows
 
 GSM8K = [json.loads(line) for line in (DATA / "gsm8k_sample.jsonl").read_text().splitlines()]
 HH = [json.loads(line) for line in (DATA / "hh_sample.jsonl").read_text().splitlines()]
-ALL = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+ALL = pytest.mark.parametrize("script", CORE.values(), ids=CORE)
 
 
 # ---------------------------------------------------------------------------------------------------- the built-in task

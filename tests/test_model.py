@@ -17,7 +17,7 @@ import grpo
 import ppo
 import rm
 import sft
-from conftest import SCRIPTS, save_tiny
+from conftest import CORE, save_tiny
 
 SMALL = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -367,10 +367,10 @@ def test_compiled_layers_give_the_same_numbers_with_checkpointing_too():
         assert torch._dynamo.utils.counters["frames"]["ok"] == traced
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", CORE)
 def test_stop_ids_and_the_generation_config_that_is_saved(name, tmp_path):
     """The tokenizer's EOS and those of the generation config, whose sampling options go: they would not be saved."""
-    script = SCRIPTS[name]
+    script = CORE[name]
     if script is rm:
         return
     model, tokenizer = build("qwen3"), sft.tiny(0)[0]

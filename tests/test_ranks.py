@@ -13,17 +13,17 @@ from safetensors.torch import load_file
 
 import rm
 import sft
-from conftest import SCRIPTS, save_tiny, write_rows
+from conftest import CORE, PARENT, SCRIPTS, known, save_tiny, write_rows
 
 ROOT = Path(sft.__file__).parent
 # Runs a script's main with the settings in argv[2]. Completions are a function of the prompt, not drawn, if it says so;
 # at the end each process writes down its weights: all of them, gathered, and those of its copy that samples.
 WORKER = """
-import dataclasses, json, sys, zlib
+import dataclasses, importlib, json, sys, zlib
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 name, settings, weights = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-script = __import__(name)
+script = importlib.import_module(name)
 fixed, models, load, save = settings.pop("fixed", False), [], getattr(script, "load_model", None), script.save
 
 def generate(model, prompts, num_samples, max_new_tokens, temperature, eos_ids, generator):
@@ -43,7 +43,7 @@ def note(args, step, last, tokenizer, **trained):
     for kind, (model, optimizer) in trained.items():
         whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
         found |= {f"{kind}.{key}": x for key, x in whole.items()}
-    if name in ("grpo", "ppo"):
+    if hasattr(script, "generate"):
         found |= {f"sampler.{key}": x for key, x in models[1].state_dict().items()}
     torch.save(found, f"{weights}.{script.RANK}")
 
@@ -83,15 +83,22 @@ def settings(name, data, out, **changes):
     same = {"model": f"{data}/tiny", "dataset": f"{data}/rows.jsonl", "out": str(out), "steps": 2, "eval_size": 4}
     same |= {"eval_every": 1, "save_every": 1, "lr": 1e-3, "warmup_steps": 0, "micro_batch_size": 2}
     same |= {"lr_schedule": "constant"}
-    online = {"prompts_per_step": 4, "max_new_tokens": 8, "reward": f"{data}/rewards.py:letters", "fixed": True}
+    online = {"prompts_per_step": 4, "max_new_tokens": 8, "reward": f"{data}/rewards.py:letters"}
     own = {"grpo": {**online, "group_size": 3}, "ppo": {**online, "num_minibatches": 1, "value_lr": 1e-3}}
-    return {**same, **own.get(name, {"batch_size": 6}), **changes}
+    if name == "ppo_vtrace":
+        own["ppo"] |= {"prompts_per_step": 4, "staleness": 1}
+    return {
+        **known(name, {**same, **own.get(PARENT[name], {"batch_size": 6})}),
+        "fixed": PARENT[name] in own,
+        **changes,
+    }
 
 
 def start(name, num_processes, data, out, **changes):
     """The finished process of a run with its two outputs."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    command = [sys.executable, *(torchrun if num_processes > 1 else []), str(data / "worker.py"), name]
+    module = SCRIPTS[name].__name__
+    command = [sys.executable, *(torchrun if num_processes > 1 else []), str(data / "worker.py"), module]
     command += [json.dumps(settings(name, data, out, **changes)), f"{out}.weights"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -111,7 +118,7 @@ def weights(out):
     return load_file(Path(out) / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*CORE, "dapo", "reinforce", "reinforce_pp", "ppo_vtrace"])
 def test_two_processes_give_the_run_of_one(name, data, tmp_path):
     """Loss and gradient norm of the first step agree to 1e-5, all metrics and weights nearly; both processes hold the
     same weights at the end, and so do their copies that sample. A run of two goes on with one, and one of one with two,
@@ -163,7 +170,7 @@ def test_a_reward_that_one_process_fails_to_compute_ends_both(data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", CORE)
 def test_a_batch_that_does_not_divide_is_refused(name, data, tmp_path, monkeypatch):
     script = SCRIPTS[name]
     monkeypatch.setattr(script, "WORLD", 4)

@@ -20,10 +20,11 @@ import grpo
 import ppo
 import rm
 import sft
-from conftest import DATA, SCRIPTS, save_tiny, write_rows
+from conftest import CORE, DATA, PARENT, SCRIPTS, known, save_tiny, write_rows
 
 ROOT = Path(sft.__file__).parent
 ALL = pytest.mark.parametrize("name", SCRIPTS)
+FIVE = pytest.mark.parametrize("name", CORE)  # of what variants share with them, byte for byte
 ONLINE = pytest.mark.parametrize("name", ["grpo", "ppo"])
 REWARD = "def letters(rows, completions):\n    return [len(set(text)) / 8 for text in completions]\n"
 
@@ -57,6 +58,12 @@ def data(tmp_path_factory):
     return folder
 
 
+OWN = {  # what short runs of a variant need besides its parent's settings
+    "off_policy_grpo": {"prompts_per_step": 2, "staleness": 2},
+    "ppo_vtrace": {"prompts_per_step": 2, "staleness": 2},
+}
+
+
 def settings(name, tiny, data, out, **changes):
     """Three steps on a small model, with an evaluation and a checkpoint after each."""
     same = {"model": tiny, "dataset": f"{data}/rows.jsonl", "out": str(out), "steps": 3, "eval_size": 4}
@@ -67,7 +74,7 @@ def settings(name, tiny, data, out, **changes):
         "grpo": {**online, "group_size": 3, "num_epochs": 2},
         "ppo": {**online, "num_minibatches": 2, "value_lr": 1e-3},
     }
-    return {**same, **own[name], **changes}
+    return {**known(name, same | own[PARENT[name]] | OWN.get(name, {})), **changes}
 
 
 def run(name, *args, **changes):
@@ -118,13 +125,13 @@ def test_a_run_and_its_folder(name, runs, tiny):
     assert rows[1]["time/left"] > 0 == rows[3]["time/left"] and all("eval/" in str(row) for row in rows)
     assert json.loads((out / "args.json").read_text())["seed"] == 5
     assert os.listdir(out / "checkpoints") == ["step-3"]
-    auto = AutoModelForSequenceClassification if name == "rm" else AutoModelForCausalLM
+    auto = AutoModelForSequenceClassification if PARENT[name] == "rm" else AutoModelForCausalLM
     model, tokenizer = auto.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert {p.dtype for p in model.parameters()} == {torch.float32} and tokenizer.chat_template
     start = weights(tiny)
     moved = [not torch.equal(x, start[key]) for key, x in weights(out).items() if key in start]
     assert len(moved) > 10 and all(moved)
-    if name != "rm":
+    if PARENT[name] != "rm":
         ids = tokenizer("1+1=", return_tensors="pt")
         assert len(model.generate(**ids, max_new_tokens=3)[0]) > 4
         assert model.generation_config.eos_token_id in (1, [1])
@@ -135,10 +142,11 @@ def test_a_run_and_its_folder(name, runs, tiny):
 def test_the_first_step_starts_from_the_reference(name, runs):
     """KL 0 and ratio 1 before the first update; DPO begins at ln 2; learning rates fall to 0 just after the end."""
     rows = rows_of(runs(name)[0])
-    if name in ("grpo", "ppo"):
+    if "kl_ref" in rows[1]:
         assert rows[1]["kl_ref"] == pytest.approx(0, abs=1e-5) and rows[2]["kl_ref"] != 0
-    if name == "grpo":
-        assert rows[1]["sampling_gap"] < 1e-5 and rows[1]["clip_frac"] < 1
+    assert PARENT[name] not in ("grpo", "ppo") or hasattr(SCRIPTS[name].Args, "kl_coef") == ("kl_ref" in rows[1])
+    if PARENT[name] == "grpo":
+        assert rows[1]["sampling_gap"] < (1 if name == "off_policy_grpo" else 1e-5) and rows[1].get("clip_frac", 0) < 1
     if name == "dpo":
         assert rows[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6) and rows[0]["eval/pair_accuracy"] == 0.5
         assert rows[1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -244,7 +252,7 @@ def test_gradients_do_not_depend_on_the_micro_batches(name, tiny, data, tmp_path
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", note)
     for size in (64, 1, 3):
         found.append([])
-        changes = {"entropy_coef": 0.1, "value_clip_eps": 0.1} if name == "ppo" else {}
+        changes = {"entropy_coef": 0.1, "value_clip_eps": 0.1} if PARENT[name] == "ppo" else {}
         run(
             name,
             tiny,
@@ -254,10 +262,10 @@ def test_gradients_do_not_depend_on_the_micro_batches(name, tiny, data, tmp_path
             steps=1,
             save_every=0,
             eval_every=0,
-            **changes,
+            **known(name, changes),
         )
     for other in found[1:]:
-        for ours, theirs in list(zip(other, found[0]))[: 2 if name == "ppo" else 1]:
+        for ours, theirs in list(zip(other, found[0]))[: 2 if PARENT[name] == "ppo" else 1]:
             assert theirs.norm() > 1e-4 and (ours - theirs).norm() < 1e-5 * theirs.norm()
     sizes = [rows_of(tmp_path / str(size))[1] for size in (64, 1)]
     for key, x in sizes[0].items():
@@ -394,7 +402,7 @@ def test_a_gradient_that_is_not_finite_skips_the_update(name, tiny, data, tmp_pa
         return clip(parameters, norm)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", first_is_nan)
-    changes = {"grpo": {"num_epochs": 1}, "ppo": {"num_minibatches": 1}}.get(name, {})
+    changes = known(name, {"num_epochs": 1, "num_minibatches": 1, "staleness": 1})
     run(name, tiny, data, tmp_path / "out", steps=1, **changes)
     assert math.isnan(rows_of(tmp_path / "out")[1]["grad_norm"])
     start = weights(tiny)
@@ -541,8 +549,8 @@ def test_kill_9_from_the_command_line(tiny, data, runs, tmp_path):
 # --------------------------------------------------------------------------------------------------------------- errors
 
 ENDS = [  # scripts, changes, words of the one sentence
-    (SCRIPTS, {"dataset": [{"text": "x", "id": 1}] * 60}, r"row 1 .*`.* has (only )?text, id"),
-    (SCRIPTS, {"dataset": []}, "too few rows"),
+    (CORE, {"dataset": [{"text": "x", "id": 1}] * 60}, r"row 1 .*`.* has (only )?text, id"),
+    (CORE, {"dataset": []}, "too few rows"),
     (["grpo", "ppo"], {"dataset": [{"prompt": "1"}] * 60, "reward": "exact"}, "row 1 .*`answer`.*has only prompt"),
     (["sft", "rm", "dpo"], {"batch_size": 58}, r"too few rows for a step \(58\)"),
     (["grpo", "ppo"], {"prompts_per_step": 58}, r"too few rows for a step \(58\)"),
@@ -552,8 +560,8 @@ ENDS = [  # scripts, changes, words of the one sentence
     (["grpo", "ppo"], {"max_new_tokens": 40_000}, "40.* tokens do not fit the model"),
     (["sft", "rm", "dpo"], {"max_length": 4}, "too few rows"),
     (["grpo", "ppo"], {"max_prompt_length": 2}, "too few rows"),
-    (SCRIPTS, {"eval_size": 0}, "too few rows"),
-    (SCRIPTS, {"steps": -1}, "is finished"),
+    (CORE, {"eval_size": 0}, "too few rows"),
+    (CORE, {"steps": -1}, "is finished"),
 ]
 
 
@@ -568,7 +576,7 @@ def test_what_ends_a_run_before_anything_is_written(name, changes, words, tiny, 
     assert "\n" not in str(ended.value) and not (tmp_path / "out").exists()
 
 
-@ALL
+@FIVE
 def test_models_and_folders_that_end_a_run(name, tiny, data, runs, tmp_path, monkeypatch):
     """A tokenizer without EOS, a window that is too small, a folder that holds a run, runs/sft that is not there."""
     for changed in ("eos", "window"):
@@ -605,7 +613,7 @@ def test_a_reward_that_fails_at_once_leaves_the_folder_free(name, tiny, data, tm
     assert not (tmp_path / "out").exists()
 
 
-@ALL
+@FIVE
 def test_tracking_offline(name, tiny, data, tmp_path, monkeypatch):
     """--track logs every step to Weights & Biases."""
     logged = []

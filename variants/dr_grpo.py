@@ -8,9 +8,9 @@
     ratio = exp(logprobs - old_logprobs)                       old: the policy at the start of the step
     loss  = -1/N sum_n 1/max_new_tokens sum_t min(ratio * A, clip(ratio, 1 - clip_eps, 1 + clip_eps) * A)
 
-GRPO divides by the std of a group: prompts that nearly always or nearly never succeed then count more. It divides by the
-length of a completion: each token of a long wrong answer is then punished less, and wrong answers grow longer. Here
-no std divides, and every sum over tokens is divided by one constant: a token weighs the same everywhere.
+GRPO divides by the std of a group: prompts that nearly always or nearly never succeed then count more. It divides by
+the length of a completion: each token of a long wrong answer is then punished less, and wrong answers grow longer.
+Here no std divides, and every sum over tokens is divided by one constant: a token weighs the same everywhere.
 
 Each step (1) samples `group_size` completions of each of `prompts_per_step` prompts, (2) rewards them, (3) compares
 them within their groups and (4) updates the policy `num_epochs` times, each time with the gradient of all N sequences.
@@ -19,7 +19,8 @@ Differs from grpo.py in: Args, main, group_advantages, centered_advantages, kl_k
 
 Good to know
 - The constant sets the size of the gradient, which Adam takes out again. The clipping of its norm is what sees it.
-- The mean contains the completion's own reward: A is (G - 1) / G of that of RLOO, which an optimizer cannot tell apart.
+- The mean contains the completion's own reward: A is (G - 1) / G of that of RLOO, which an optimizer cannot tell
+  apart.
 - There is no KL to a reference, as in the paper, and none is loaded.
 - EOS is trained like any other token. A completion that is cut at `max_new_tokens` is trained as it is.
 
