@@ -15,6 +15,7 @@ import grpo
 import ppo
 import rm
 import sft
+from variants import cispo, dr_grpo, off_policy_grpo, ppo_vtrace, reinforce, remax, rloo
 
 V = 3
 SEQUENCES = list(itertools.product(range(V), repeat=2))  # (a, b), 9 of them
@@ -183,6 +184,140 @@ def test_a_sequence_mean_weighs_long_completions_less():
         objective, unweighted = objective + weight * (REWARDS[i] + 1) / length, unweighted + weight * (REWARDS[i] + 1)
     assert close(-gradient(loss, pi), gradient(objective, pi))
     assert far(gradient(objective, pi) * 2, gradient(unweighted, pi))
+
+
+# ------------------------------------------------------------------------------------------- variants without a critic
+
+
+@SEEDS
+@pytest.mark.parametrize("name", ["rloo", "reinforce", "dr_grpo"])
+def test_leaving_the_completion_out_of_its_baseline_leaves_the_gradient_unbiased(name, seed):
+    """Over all 81 pairs of completions of one prompt, with the KL in the score: the gradient of E[reward] - .3 KL, for
+    RLOO and for REINFORCE with the other's score as baseline. Dr. GRPO's mean of both halves it: (G - 1) / G."""
+    pi, ref = policy(seed, requires_grad=True), policy(seed + 100)
+    logprobs, mask, p, loss = logprobs_of(pi), MASK.expand(2, 3), probabilities(pi), 0.0
+    scores = (REWARDS - 0.3 * (logprobs - logprobs_of(ref)).sum(1)).detach()
+    for pair in itertools.product(range(9), repeat=2):
+        both, old = logprobs[list(pair)], logprobs[list(pair)].detach()
+        if name == "rloo":
+            part = rloo.rloo_loss(both, old, rloo.rloo_advantages(scores[list(pair)], 2), mask, 0.2, 2)
+        elif name == "dr_grpo":  # its constant, 1 here, stands for any
+            advantages = dr_grpo.centered_advantages(scores[list(pair)], 2)
+            part = 2 * dr_grpo.dr_grpo_loss(both, old, advantages, mask, 0.2, 1, 2)
+        else:
+            advantages = scores[list(pair)] - reinforce.leave_one_out(scores[list(pair)])
+            part = reinforce.reinforce_loss(both, advantages[:, None].expand(2, 3), mask, 2)
+        loss = loss + p[pair[0]].detach() * p[pair[1]].detach() * part
+    objective = (p * REWARDS).sum() - 0.3 * kl(p, probabilities(ref))
+    assert close(-gradient(loss, pi), gradient(objective, pi))
+
+
+@SEEDS
+def test_remax_is_unbiased_whatever_the_greedy_score(seed):
+    """With the reward of the greedy completion as baseline, and the KL in the rewards of the tokens."""
+    pi, ref = policy(seed, requires_grad=True), policy(seed + 100)
+    logprobs, mask, p = logprobs_of(pi), MASK.expand(9, 3), probabilities(pi)
+    first = pi[:V].argmax()
+    greedy = REWARDS[V * first + pi[V:].view(V, V)[first].argmax()].expand(9)
+    rewards = ppo.kl_shaped_rewards(REWARDS, logprobs.detach(), logprobs_of(ref), mask, 0.3)
+    advantages = remax.remax_advantages(rewards, greedy, mask)
+    loss = reinforce.reinforce_loss(logprobs, advantages * p.detach()[:, None], mask, 1)
+    assert close(-gradient(loss, pi), gradient((p * REWARDS).sum() - 0.3 * kl(p, probabilities(ref)), pi))
+
+
+TOKEN_REWARDS = torch.tensor([[0.0, 1.5 * a, 0.4 * a - b + 0.9 * b * b] for a, b in SEQUENCES]).double()
+
+
+def six_forms(pi):
+    """What may stand before grad log pi (Schulman et al. 2016, section 2); both tokens have a reward: (9, 3) each."""
+    mask, second = MASK.expand(9, 3), pi[V:].view(V, V).softmax(1).detach()
+    last = TOKEN_REWARDS[:, 2].view(V, V)
+    value = (second * last).sum(1)  # of the state after the first token
+    q = TOKEN_REWARDS[::V, 1] + value  # of the first token
+    start = (pi[:V].softmax(0).detach() * q).sum()
+    V_t = torch.stack([torch.tensor([0.0, start, value[a]]) for a, _ in SEQUENCES]).double()
+    Q_t = torch.stack([torch.stack([start * 0, q[a], last[a, b]]) for a, b in SEQUENCES])
+    returns = reinforce.returns_to_go(TOKEN_REWARDS, mask, 1.0)
+    whole = TOKEN_REWARDS.sum(1, keepdim=True) * mask
+    residual, _ = ppo.gae(TOKEN_REWARDS, V_t, mask, 1.0, 0.0)
+    return {"R": whole, "G": returns, "G - V": returns - V_t, "Q": Q_t, "A": Q_t - V_t, "delta": residual}
+
+
+@SEEDS
+def test_six_forms_of_the_policy_gradient(seed):
+    """R of the whole completion, return to go, that less a baseline, Q, the advantage and the TD residual have one
+    expected gradient, that of the expected sum of rewards."""
+    pi = policy(seed, requires_grad=True)
+    logprobs, mask, p = logprobs_of(pi), MASK.expand(9, 3), probabilities(pi)
+    expected = gradient((p * TOKEN_REWARDS.sum(1)).sum(), pi)
+    for name, psi in six_forms(pi).items():
+        loss = reinforce.reinforce_loss(logprobs, psi * p.detach()[:, None], mask, 1)
+        assert close(-gradient(loss, pi), expected), name
+
+
+def test_less_is_more_precise():
+    """The variance of the gradient, summed over the logits, falls from R to G_t to G_t - V."""
+    pi = policy(0, requires_grad=True)
+    logprobs, mask, p, variance = logprobs_of(pi), MASK.expand(9, 3), probabilities(pi).detach(), []
+    for name in ("R", "G", "G - V"):
+        psi = six_forms(pi)[name]
+        samples = [gradient(reinforce.reinforce_loss(logprobs[[n]], psi[[n]], mask[[n]], 1), pi) for n in range(9)]
+        samples = torch.stack(samples)
+        variance.append((p @ samples**2 - (p @ samples) ** 2).sum())
+    assert variance[0] > 1.2 * variance[1] > 1.4 * variance[2]
+
+
+def test_importance_weights_turn_samples_of_an_older_policy_into_its_successors():
+    """One-token completions drawn from `old`, no weight cut: cispo.py and off_policy_grpo.py have the gradient of
+    E_pi[A]; without weights it is another one."""
+    pi = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([0.0, 0.4, 0.1], dtype=torch.float64)
+    logprobs, sampling, mask, A = (
+        pi.log_softmax(0)[:, None],
+        old.log_softmax(0)[:, None],
+        torch.ones(V, 1),
+        REWARDS[1:4],
+    )
+    expected = gradient((pi.softmax(0) * A).sum(), pi)
+    drawn = old.softmax(0) * A  # both losses are linear in the advantages
+    found = -gradient(cispo.cispo_loss(logprobs, sampling, drawn, mask, 4.0, 1), pi)
+    assert close(found, expected)
+    for weights, same in (
+        (off_policy_grpo.truncated_weights(logprobs, sampling, mask, 9.0), True),
+        (mask, False),
+    ):
+        loss = off_policy_grpo.off_policy_loss(logprobs, logprobs.detach(), drawn, weights, mask, 0.2, 1)
+        assert (close if same else far)(-gradient(loss, pi), expected)
+
+
+# ---------------------------------------------------------------------------------------------------- with a critic
+
+
+@SEEDS
+def test_vtrace_at_ratio_1_is_the_lambda_1_return_and_the_truth_is_its_fixed_point(seed):
+    """Ratio 1: the sum of the rewards still to come, or with lambda below 1 the returns of GAE. With samples of another
+    policy, uncut ratios and values that are right, the expected target is the value, at the start and after each first
+    token, and the expected gradient with the advantages is that of the expected reward."""
+    pi, old = policy(seed, requires_grad=True), policy(seed + 100)
+    mask, ones, p, mu = MASK.expand(9, 3), torch.ones(9, 3).double(), probabilities(pi), probabilities(old)
+    values = torch.randn(9, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    _, targets = ppo_vtrace.vtrace(TOKEN_REWARDS, values, ones, mask, 1.0, 1.0, 1.0)
+    assert close(targets[:, 1], TOKEN_REWARDS.sum(1)) and close(targets[:, 2], TOKEN_REWARDS[:, 2])
+    _, targets = ppo_vtrace.vtrace(TOKEN_REWARDS, values, ones, mask, 1.0, 1.0, 1.0, 0.6)
+    assert close(targets, ppo.gae(TOKEN_REWARDS, values, mask, 1.0, 0.6)[1])
+    value = (pi[V:].view(V, V).softmax(1) * TOKEN_REWARDS[:, 2].view(V, V)).sum(1).detach()
+    start = (p * TOKEN_REWARDS.sum(1)).sum()
+    true = torch.stack([torch.stack([0 * start, start, value[a]]) for a, _ in SEQUENCES]).detach()
+    ratios = (logprobs_of(pi) - logprobs_of(old)).exp().detach()
+    advantages, targets = ppo_vtrace.vtrace(TOKEN_REWARDS, true, ratios, mask, 1.0, 99.0, 99.0)
+    assert close(mu @ targets[:, 1], start)
+    assert close((mu * targets[:, 2]).view(V, V).sum(1) / mu.view(V, V).sum(1), value)
+    before = torch.cat(
+        [torch.ones(9, 2).double(), ratios[:, 1:2]], 1
+    )  # the first token's ratio: how the state is reached
+    weighted = advantages * before * mu[:, None]
+    loss = reinforce.reinforce_loss(logprobs_of(pi), weighted, mask, 1)
+    assert close(-gradient(loss, pi), gradient(start, pi))
 
 
 # -------------------------------------------------------------------------------------------- imitation and preferences

@@ -83,8 +83,8 @@ class Args:
 
     # algorithm
     steps: int = 40  # of training; each has one rollout
-    prompts_per_step: int = 32  # on all processes together; paper: 16
-    group_size: int = 8  # completions of each prompt; paper: 64
+    prompts_per_step: int = 32  # on all processes together; paper: 512
+    group_size: int = 8  # completions of each prompt; paper: 16
     temperature: float = 1.0  # divides the logits, in sampling and in training
     num_epochs: int = 1  # passes over each rollout; one update each
     clip_low: float = 0.2  # the ratio is clipped to at least 1 - this
@@ -93,7 +93,7 @@ class Args:
     overlong_buffer: int | None = None  # tokens before `max_new_tokens` that cost; default: a quarter of it
 
     # optimisation
-    lr: float | None = None  # peak; default: 1e-6 as in the paper; 3e-4 for models below 10 million parameters
+    lr: float | None = None  # peak; default: 1e-6; 3e-4 for models below 10 million parameters
     lr_schedule: Literal["linear", "constant"] = "linear"  # after the warm-up; linear falls to 0
     warmup_steps: int = 15  # over which the learning rate rises from 0
     micro_batch_size: int = 64  # sequences in a forward and backward pass, on each GPU
@@ -416,7 +416,7 @@ def main(args: Args) -> dict[str, float]:
         order = torch.randperm(len(rows), generator=seeded(args.seed, "prompts", step))
         prompts, completions, sampled, rewards, num_rollouts, lacking = [], [], [], torch.zeros(0), 0, True
         while lacking and num_rollouts < args.max_rollouts:
-            drawn = order.roll(-num_rollouts * args.prompts_per_step)[: args.prompts_per_step]
+            drawn = order.roll(-num_rollouts * args.prompts_per_step)[: args.prompts_per_step]  # the next ones
             chosen = [rows[i] for i in drawn[RANK::WORLD] for _ in range(G)]  # (B*G,)
             prompts += [row["prompt_ids"] for row in chosen]
             key = (args.seed, "rollout", step, num_rollouts)
@@ -452,7 +452,7 @@ def main(args: Args) -> dict[str, float]:
                 logprobs, entropy = policy.token_logprobs(batch.ids, batch.mask, args.temperature)  # (n, L) each
                 if epoch == 0:  # before the first update: the policy that sampled (on a GPU, in bfloat16)
                     batch.old = logprobs.detach()
-                    metrics["sampling_gap"] += (batch.old - batch.sampled).abs().sum() / num_tokens
+                    metrics["sampling_gap"] += ((batch.old - batch.sampled) * batch.mask).abs().sum() / num_tokens
                     metrics["entropy"] += entropy.sum() / num_tokens
                 of_batch = (logprobs, batch.old, batch.advantages, batch.mask)
                 loss = dapo_loss(*of_batch, args.clip_low, args.clip_high, num_tokens)

@@ -83,15 +83,15 @@ class Args:
 
     # algorithm
     steps: int = 60  # of training; each has one rollout
-    prompts_per_step: int = 32  # on all processes together; paper: 16
-    group_size: int = 8  # completions of each prompt; paper: 64
+    prompts_per_step: int = 32  # on all processes together
+    group_size: int = 8  # completions of each prompt
     temperature: float = 1.0  # divides the logits, in sampling and in training
     num_epochs: int = 2  # passes over each rollout; one update each
     clip_low: float | None = None  # the ratio is clipped to at least 1 - this; default: 3e-4, tiny models: 0.03
     clip_high: float | None = None  # the ratio is clipped to at most 1 + this; default: 4e-4, tiny models: 0.04
 
     # optimisation
-    lr: float | None = None  # peak; default: 1e-6 as in the paper; 3e-4 for models below 10 million parameters
+    lr: float | None = None  # peak; default: 1e-6; 3e-4 for models below 10 million parameters
     lr_schedule: Literal["linear", "constant"] = "linear"  # after the warm-up; linear falls to 0
     warmup_steps: int = 15  # over which the learning rate rises from 0
     micro_batch_size: int = 64  # sequences in a forward and backward pass, on each GPU

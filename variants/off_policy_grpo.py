@@ -93,7 +93,7 @@ class Args:
     weight_cap: float | None = 2.0  # a token's importance weight is at most this; None: no weights
 
     # optimisation
-    lr: float | None = None  # peak; default: 1e-6 as in the paper; 3e-4 for models below 10 million parameters
+    lr: float | None = None  # peak; default: 1e-6; 3e-4 for models below 10 million parameters
     lr_schedule: Literal["linear", "constant"] = "linear"  # after the warm-up; linear falls to 0
     warmup_steps: int = 4  # over which the learning rate rises from 0
     micro_batch_size: int = 64  # sequences in a forward and backward pass, on each GPU

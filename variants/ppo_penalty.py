@@ -85,7 +85,7 @@ class Args:
     out: str = "runs/ppo_penalty"  # the trained model, metrics.jsonl and checkpoints
 
     # algorithm
-    steps: int = 60  # of training; each has one rollout
+    steps: int = 50  # of training; each has one rollout
     prompts_per_step: int = 256  # on all processes together; one completion of each; Ouyang et al.: 512
     temperature: float = 1.0  # divides the logits, in sampling and in training
     num_epochs: int = 1  # passes over each rollout; `num_minibatches` updates each; Schulman et al.: 3 to 15

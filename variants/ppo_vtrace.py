@@ -87,7 +87,7 @@ class Args:
     out: str = "runs/ppo_vtrace"  # the trained model, metrics.jsonl and checkpoints
 
     # algorithm
-    steps: int = 60  # of training; each has one rollout
+    steps: int = 50  # of training; each has one rollout
     staleness: int = 4  # updates from each rollout, on `prompts_per_step` prompts each
     prompts_per_step: int = 64  # on all processes together; of each update, one completion of each
     temperature: float = 1.0  # divides the logits, in sampling and in training

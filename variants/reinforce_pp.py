@@ -92,7 +92,7 @@ class Args:
     kl_coef: float = 0.05  # weight of the KL to the reference; part of the rewards; at 0 no reference is loaded
 
     # optimisation
-    lr: float | None = None  # peak; default: 1e-6 as in the paper; 3e-4 for models below 10 million parameters
+    lr: float | None = None  # peak; default: 1e-6; 3e-4 for models below 10 million parameters
     lr_schedule: Literal["linear", "constant"] = "linear"  # after the warm-up; linear falls to 0
     warmup_steps: int = 15  # over which the learning rate rises from 0
     micro_batch_size: int = 64  # sequences in a forward and backward pass, on each GPU

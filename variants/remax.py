@@ -89,7 +89,7 @@ class Args:
     kl_coef: float = 0.05  # weight of the KL to the reference; part of the rewards; at 0 no reference is loaded
 
     # optimisation
-    lr: float | None = None  # peak; default: 1e-6 as in the paper; 3e-4 for models below 10 million parameters
+    lr: float | None = None  # peak; default: 1e-6; 3e-4 for models below 10 million parameters
     lr_schedule: Literal["linear", "constant"] = "linear"  # after the warm-up; linear falls to 0
     warmup_steps: int = 15  # over which the learning rate rises from 0
     max_grad_norm: float = 10.0  # a longer gradient is scaled down to this
