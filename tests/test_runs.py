@@ -190,35 +190,59 @@ def test_the_first_gradient_is_that_of_plain_code(name, tiny, data, tmp_path):
     assert row["grad_norm"] == pytest.approx(gradient_norm(loss, model), rel=1e-4)
 
 
-@ONLINE
+A3 = (-0.125 / 0.1251, 0.0, 0.125 / 0.1251)  # rewards of 1, 2 and 3 eighths, their std is 1/8
+SUMS = {  # of grpo.py and its variants: the loss for each completion, given k (0, 1, ...) and its log-probabilities
+    "grpo": lambda k, logps: -A3[k] * logps.mean() / 12,
+    "gspo": lambda k, logps: -A3[k] * logps.mean() / 12,
+    "dapo": lambda k, logps: -A3[k] * logps.sum() / 36,
+    "cispo": lambda k, logps: -A3[k] * logps.sum() / 36,
+    "dr_grpo": lambda k, logps: -(k - 1) / 8 * logps.sum() / 8 / 12,  # max_new_tokens is 8
+    "rloo": lambda k, logps: -(k - 1) / 8 * 1.5 * logps.sum() / 12,
+    # it is told that the sampler's log-probabilities are 0: the weights are the policy's probabilities
+    "off_policy_grpo": lambda k, logps: -A3[k] * (logps.detach().exp() * logps).mean() / 12,
+    "reinforce": lambda k, logps: -((k + 1) / 8 - (9 - k) / 24) * logps.sum() / 4,  # the others have 10 - (k + 1)
+    "remax": lambda k, logps: -k / 8 * logps.sum() / 4,  # the greedy completion has 1/8
+}
+RETURNS = {  # where advantages are whitened returns: from the score and the log-probabilities of a completion
+    "reinforce_pp": lambda score, logps: score * torch.ones(len(logps)),
+    "ppo": lambda score, logps: score * 0.95 ** torch.arange(len(logps) - 1.0, -1, -1),  # its values are 0
+    "ppo_penalty": lambda score, logps: score * 0.95 ** torch.arange(len(logps) - 1.0, -1, -1),
+    "ppo_vtrace": lambda score, logps: score * logps.exp().flip(0).cumprod(0).flip(0),  # ratios as above
+}
+
+
+@pytest.mark.parametrize("name", [*SUMS, *RETURNS])
 def test_the_first_gradient_of_given_completions(name, tiny, data, tmp_path, monkeypatch):
-    """grpo.py: -1/N sum of A / |y| sum of log pi, where rewards of 1, 2 and 3 eighths give A by hand. ppo.py: its new
-    value head is 0, so the return of the k-th token from the end is 0.95^k times the score."""
+    """Loss and gradient by hand: completions of 2, 3, 4 (or 5) tokens have 1, 2, 3 (or 4) eighths of reward."""
     script, made = SCRIPTS[name], []
 
-    def generate(model, prompts, num_samples, *_):
-        lengths = [1 + n % (num_samples if num_samples > 1 else 4) for n in range(len(prompts) * num_samples)]
+    def generate(model, prompts, num_samples, most, temperature, *_):
+        cycle = (num_samples if num_samples > 1 else 4) if temperature else 1
+        lengths = [1 + n % cycle for n in range(len(prompts) * num_samples)]
         completions = [[*range(10 + n, 10 + n + length), 1] for n, length in enumerate(lengths)]
         made.append(([prompt for prompt in prompts for _ in range(num_samples)], completions))
         return completions, [[0.0] * len(completion) for completion in completions]
 
     monkeypatch.setattr(script, "generate", generate)
-    own = {"grpo": {"num_epochs": 1, "kl_coef": 0.0}, "ppo": {"num_minibatches": 1}}[name]
-    run(name, tiny, data, tmp_path / "out", steps=1, **own)
+    settings = {"num_epochs": 1, "num_minibatches": 1, "staleness": 1, "prompts_per_step": 4, "steps": 1}
+    if name not in ("rloo", "reinforce", "remax", "reinforce_pp") and PARENT[name] == "grpo":
+        settings |= {"kl_coef": 0.0}
+    run(name, tiny, data, tmp_path / "out", **known(name, settings))
     row, model = rows_of(tmp_path / "out")[1], AutoModelForCausalLM.from_pretrained(tiny)
     prompts, completions = made[2]  # after the two of the evaluation
-    logps = [completion_logps(model, *pair) for pair in zip(prompts, completions)]
-    if name == "grpo":
-        assert row["reward"] == 0.25 and len(logps) == 12
-        advantages = [-0.125 / 0.1251, 0.0, 0.125 / 0.1251] * 4
-        loss = -sum(A * x.mean() for A, x in zip(advantages, logps)) / 12
+    logps, cycle = [completion_logps(model, *pair) for pair in zip(prompts, completions)], len(prompts) // 4
+    if name in SUMS:
+        assert row["reward"] == (0.25 if cycle == 3 else 0.3125)
+        loss = sum(SUMS[name](n % (cycle if cycle > 1 else 4), x) for n, x in enumerate(logps))
     else:  # scores of 1, 2, 3 and 4 eighths, 14 tokens
-        returns = torch.cat([(n + 1) / 8 * 0.95 ** torch.arange(n + 1.0, -1, -1) for n in range(4)])
-        loss = -((returns - returns.mean()) / returns.std(correction=0) * torch.cat(logps)).mean()
+        returns = torch.cat([RETURNS[name]((n + 1) / 8, x.detach()) for n, x in enumerate(logps)])
+        white = (returns - returns.mean()) / (returns.var(correction=0) + 1e-8) ** 0.5
+        loss = -(white * torch.cat(logps)).mean()
+    if PARENT[name] == "ppo":
         hidden = [model.model(torch.tensor([p + c])).last_hidden_state[0, len(p) - 1 : -1] for p, c in zip(*made[2])]
         inputs = torch.nn.functional.pad(torch.cat(hidden), (0, 1), value=1.0)  # with the bias
-        assert row["value_loss"] == pytest.approx((returns**2).mean().item() / 2, rel=1e-5)
-        assert row["value_grad_norm"] == pytest.approx((returns @ inputs / 14).norm().item(), rel=1e-4)
+        assert row["value_loss"] == pytest.approx((returns**2).mean().item() / 2, rel=1e-4)
+        assert row["value_grad_norm"] == pytest.approx((returns @ inputs / 14).norm().item(), rel=1e-3)
     assert row["grad_norm"] == pytest.approx(gradient_norm(loss, model), rel=1e-3)
 
 
@@ -370,6 +394,67 @@ def test_flags_act(name, tiny, data, tmp_path):
     if name == "grpo":
         run(name, tiny, data, tmp_path / "none", kl_coef=0.0)
         assert "kl_ref" not in rows_of(tmp_path / "none")[-1]
+
+
+FLAGS = {  # what a variant's own flags are changed to
+    "rloo": {"kl_coef": 0.9, "max_grad_norm": 1e-3, "clip_eps": 1e-4},
+    "reinforce": {"gamma": 0.5, "kl_coef": 0.9, "max_grad_norm": 1e-3},
+    "remax": {"kl_coef": 0.9, "max_grad_norm": 1e-3},
+    "reinforce_pp": {"kl_coef": 0.9, "clip_eps": 1e-4, "num_epochs": 3},
+    "dr_grpo": {"clip_eps": 1e-4},
+    "dapo": {"clip_low": 1e-4, "clip_high": 1e-4, "overlong_buffer": 7},
+    "cispo": {"clip_high": 0.0},
+    "gspo": {"clip_low": 1e-6, "clip_high": 1e-6},
+    "off_policy_grpo": {"weight_cap": 0.5, "staleness": 3, "clip_eps": 1e-4},
+    "ppo_penalty": {"kl_target": 1e-12},
+    "ppo_vtrace": {"rho_cap": 0.5, "c_cap": 0.5, "lam": 0.5, "staleness": 3},
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags_of_variants_act(name, tiny, data, tmp_path):
+    """Each changes the weights that a run ends in; off_policy_grpo.py's weights can be left out."""
+    changes, found = {"base": None} | FLAGS[name] | ({"off": None} if name == "off_policy_grpo" else {}), {}
+    for key, x in changes.items():
+        change = {"base": {}, "off": {"weight_cap": None}}.get(key, {key: x})
+        run(name, tiny, data, tmp_path / key, eval_every=0, save_every=0, **change)
+        found[key] = torch.cat([x.flatten() for x in weights(tmp_path / key).values()])
+        assert key == "base" or not torch.equal(found[key], found["base"]), key
+
+
+DAPO = "def f(rows, texts, made=[]):\n    made.append(0)\n    return {}[len(made) - 1]\n"
+
+
+@pytest.mark.parametrize(
+    ("rewards", "num_rollouts", "num_groups", "reward"),
+    [
+        ([[1, 1, 1, 0], [1, 1, 0, 1]], 2, 2, 0.75),  # the second and the fourth group
+        ([[1, 0, 0, 1]], 1, 2, 0.5),
+        ([[0, 1, 1, 1], [0, 1, 1, 0]], 2, 2, 0.625),  # of three the first two
+        ([[1, 1, 0, 0], [1, 0, 1, 1], [0, 0, 0, 0]], 3, 1, 5 / 12),  # goes on with what it has
+        ([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], None, None, None),
+    ],
+)
+def test_dapo_samples_until_it_has_groups_that_teach(
+    rewards, num_rollouts, num_groups, reward, tiny, data, tmp_path, monkeypatch
+):
+    """Two groups of two are wanted, from at most three rollouts. `reward` is that of all completions."""
+    script, made, batches = SCRIPTS["dapo"], [], SCRIPTS["dapo"].micro_batches
+    completions = lambda model, prompts, num_samples, *_: [[[9, 1]] * 4, [[0.0] * 2] * 4]  # noqa: E731
+    monkeypatch.setattr(script, "evaluate", lambda *args: {})
+    monkeypatch.setattr(script, "generate", completions)
+    monkeypatch.setattr(script, "micro_batches", lambda rows, size: made.extend(rows) or batches(rows, size))
+    (tmp_path / "r.py").write_text(DAPO.format(rewards))
+    flags = {"prompts_per_step": 2, "group_size": 2, "max_rollouts": 3, "reward": f"{tmp_path}/r.py:f", "steps": 1}
+    if num_groups is None:
+        with pytest.raises(SystemExit, match="In --max-rollouts 3 no group has unequal rewards"):
+            run("dapo", tiny, data, tmp_path / "out", **flags)
+        return
+    metrics = run("dapo", tiny, data, tmp_path / "out", **flags)
+    found = [metrics[x] for x in ("num_rollouts", "num_groups", "reward")]
+    assert found == [num_rollouts, num_groups, pytest.approx(reward)]
+    assert len(made) == 2 * num_groups and sum(sample[3] for sample in made) == pytest.approx(0, abs=1e-6)
+    assert all(abs(sample[3]) == pytest.approx(0.70701, abs=1e-4) and sample[4] == 1 for sample in made)
 
 
 def test_rows_without_signal_are_left_out_without_changing_the_gradient(tiny, data, tmp_path):
