@@ -4,7 +4,7 @@ python tests/compare.py                  every row below
 python tests/compare.py dapo rloo        these alone
 python tests/compare.py --seed 1         with another seed; each seed has a policy of its own to start from
 
-What is finished is not run again, so the command goes on where it was stopped. `KL` is KL(policy || policy of sft.py) in
+What is finished is not run again, so the command goes on where it was stopped. `KL` is KL(policy || sft.py's policy) in
 nats per completion, measured here and in the same way for all, from samples of held-out prompts. `models` counts those
 that are in memory in training.
 """
