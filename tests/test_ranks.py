@@ -169,12 +169,12 @@ def test_processes_of_dapo_stop_sampling_together(when, rollouts, groups, data, 
     """Process 0 has its two groups at once. Process 1 finds its own in the second rollout; or never, and then computes
     discarded groups at mask 0, so that both make as many passes. They do not count: entropy is that of 2 groups."""
     (tmp_path / "r.py").write_text(UNEVEN.format(when))
-    flags = {"group_size": 2, "max_rollouts": 3, "steps": 1, "reward": f"{tmp_path}/r.py:f"}
+    flags = {"group_size": 2, "max_rollouts": 3, "steps": 1, "reward": f"{tmp_path}/r.py:f", "fixed": False}
     run("dapo", 2, data, tmp_path / "out", **flags)
     row = metrics(tmp_path / "out")[1]
     assert (row["num_rollouts"], row["num_groups"]) == (rollouts, groups)
     assert row["frac_zero_std"] == pytest.approx(0.25 if rollouts == 2 else 0.5)
-    assert 5 < row["entropy"] < 5.6  # that of a new model, ln 261 = 5.56
+    assert 5 < row["entropy"] < 5.6 and row["sampling_gap"] < 1e-4  # entropy of a new model: ln 261 = 5.56
 
 
 def test_held_out_pairs_without_an_answer(data, tmp_path):

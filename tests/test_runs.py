@@ -246,6 +246,55 @@ def test_the_first_gradient_of_given_completions(name, tiny, data, tmp_path, mon
     assert row["grad_norm"] == pytest.approx(gradient_norm(loss, model), rel=1e-3)
 
 
+OF_KL = {  # the same where all rewards are 0 and kl_coef is 1/2: from log-ratios to the reference and log-probabilities
+    "grpo": lambda d, logps: 0.5 * torch.stack([(1 - (-d).exp()) @ x / len(x) for d, x in zip(d, logps)]).sum() / 12,
+    "rloo": lambda d, logps: 0.5 * sum(
+        (d[n].sum() - (d[n - n % 3 + (n + 1) % 3].sum() + d[n - n % 3 + (n + 2) % 3].sum()) / 2) * x.sum()
+        for n, x in enumerate(logps)
+    ) / 12,
+    "reinforce": lambda d, logps: 0.5 * sum(to_go(d, 1.0) @ x for d, x in zip(d, logps)) / 4,
+    "remax": lambda d, logps: 0.5 * sum(to_go(d, 1.0) @ x for d, x in zip(d, logps)) / 4,
+    "reinforce_pp": lambda d, logps: (whitened(torch.cat([to_go(x, 1.0) for x in d])) * torch.cat(logps)).mean(),
+    "ppo": lambda d, logps: (whitened(torch.cat([to_go(x, 0.95) for x in d])) * torch.cat(logps)).mean(),
+    "ppo_penalty": lambda d, logps: (whitened(torch.cat([to_go(x, 0.95) for x in d])) * torch.cat(logps)).mean(),
+}  # fmt: skip
+
+
+def to_go(x, decay):
+    return torch.stack([sum(decay ** (k - t) * x[k] for k in range(t, len(x))) for t in range(len(x))])
+
+
+def whitened(x):
+    return (x - x.mean()) / x.std(correction=0)
+
+
+@pytest.mark.parametrize("name", OF_KL)
+def test_the_first_gradient_of_the_kl(name, tiny, data, tmp_path, monkeypatch):
+    """The reference is another model here, and pulls: in the loss of grpo.py, in scores or rewards elsewhere."""
+    script, made, loaded, load = SCRIPTS[name], [], [], SCRIPTS[name].load_model
+    other = save_tiny(tmp_path / "other", seed=1, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+
+    def generate(model, prompts, num_samples, *_):
+        lengths = [1 + n % (num_samples if num_samples > 1 else 4) for n in range(len(prompts) * num_samples)]
+        completions = [[*range(10 + n, 10 + n + length), 1] for n, length in enumerate(lengths)]
+        made.append(([prompt for prompt in prompts for _ in range(num_samples)], completions))
+        return completions, [[0.0] * len(completion) for completion in completions]
+
+    def load_model(name, *dtype):
+        loaded.append(name)  # policy, copy that samples, reference
+        return load(other if len(loaded) == 3 else name, *dtype)
+
+    monkeypatch.setattr(script, "generate", generate)
+    monkeypatch.setattr(script, "load_model", load_model)
+    (tmp_path / "r.py").write_text("def f(rows, texts): return [0] * len(rows)\n")
+    settings = {"num_epochs": 1, "num_minibatches": 1, "steps": 1, "kl_coef": 0.5, "reward": f"{tmp_path}/r.py:f"}
+    run(name, tiny, data, tmp_path / "out", **known(name, settings))
+    model, reference = (AutoModelForCausalLM.from_pretrained(x) for x in (tiny, other))
+    logps, ref = ([completion_logps(x, *pair) for pair in zip(*made[2])] for x in (model, reference))
+    loss = OF_KL[name]([(x - y).detach() for x, y in zip(logps, ref)], logps)
+    assert rows_of(tmp_path / "out")[1]["grad_norm"] == pytest.approx(gradient_norm(loss, model), rel=1e-3)
+
+
 def test_a_reward_model_scores_as_transformers_does(runs):
     """rm.py's own scores of held-out pairs, one by one and in a padded batch, by AutoModelForSequenceClassification."""
     out, _ = runs("rm")
@@ -455,6 +504,7 @@ def test_dapo_samples_until_it_has_groups_that_teach(
     assert found == [num_rollouts, num_groups, pytest.approx(reward)]
     assert len(made) == 2 * num_groups and sum(sample[3] for sample in made) == pytest.approx(0, abs=1e-6)
     assert all(abs(sample[3]) == pytest.approx(0.70701, abs=1e-4) and sample[4] == 1 for sample in made)
+    assert len({tuple(sample[0]) for sample in made}) == num_groups  # other prompts in every rollout
 
 
 def test_rows_without_signal_are_left_out_without_changing_the_gradient(tiny, data, tmp_path):
