@@ -15,7 +15,7 @@ import grpo
 import ppo
 import rm
 import sft
-from variants import cispo, dr_grpo, off_policy_grpo, ppo_vtrace, reinforce, remax, rloo
+from variants import cispo, dr_grpo, off_policy_grpo, ppo_vtrace, reinforce, remax, rloo, trpo
 
 V = 3
 SEQUENCES = list(itertools.product(range(V), repeat=2))  # (a, b), 9 of them
@@ -318,6 +318,64 @@ def test_vtrace_at_ratio_1_is_the_lambda_1_return_and_the_truth_is_its_fixed_poi
     weighted = advantages * before * mu[:, None]
     loss = reinforce.reinforce_loss(logprobs_of(pi), weighted, mask, 1)
     assert close(-gradient(loss, pi), gradient(start, pi))
+
+
+# ------------------------------------------------------------------------- TRPO's theory: 3 states, 2 actions
+
+
+GAMMA = 0.8
+
+
+def process(seed):
+    """Transitions (S, A, S), rewards (S, A), the start's distribution (S,) and logits (S, A), float64."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    return draw(3, 2, 3).softmax(2), draw(3, 2), draw(3).softmax(0), draw(3, 2)
+
+
+def solved(transitions, rewards, start, logits):
+    """eta; discounted visits of each state (S,), which add up to 1 / (1 - gamma); advantages (S, A), all exact."""
+    policy = logits.softmax(1)
+    chain = torch.einsum("sa,saz->sz", policy, transitions)
+    inverse = torch.linalg.inv(torch.eye(3, dtype=torch.float64) - GAMMA * chain)
+    values = inverse @ (policy * rewards).sum(1)
+    return start @ values, start @ inverse, rewards + GAMMA * transitions @ values - values[:, None]
+
+
+def local(new, old, visits, advantages):
+    """L(new) - eta(old), the surrogate's sum over states and actions, weighted by how often old takes them."""
+    new, old = new.log_softmax(1), old.log_softmax(1)
+    return trpo.surrogate(new, old, visits[:, None] * old.exp() * advantages, torch.ones(3, 2), 1)
+
+
+@pytest.mark.parametrize(("seed", "size"), itertools.product(range(3), (0.01, 0.3, 2.0)))
+def test_performance_difference_and_the_bound(seed, size):
+    """eta(new) = eta(old) + sum_s visits_new(s) sum_a new(a | s) A_old(s, a) (Kakade and Langford 2002). With old's
+    visits it is L, which is off, but eta(new) >= L(new) - C max_s KL(old || new), C = 4 eps gamma / (1 - gamma)^2, eps
+    the largest |A| (eq. 9)."""
+    *world, old = process(seed)
+    new = old + size * torch.randn(3, 2, generator=torch.Generator().manual_seed(seed + 50), dtype=torch.float64)
+    eta, visits, advantages = solved(*world, old)
+    new_eta, new_visits, _ = solved(*world, new)
+    assert torch.allclose(visits.sum(), torch.tensor(1 / (1 - GAMMA), dtype=torch.float64))
+    assert torch.allclose(new_eta - eta, local(new, old, new_visits, advantages), 1e-9, 1e-11)
+    gap = new_eta - eta - local(new, old, visits, advantages)
+    kl = (old.softmax(1) * (old.log_softmax(1) - new.log_softmax(1))).sum(1).max()
+    assert gap.abs() > 1e-9 and gap >= -4 * advantages.abs().max() * GAMMA / (1 - GAMMA) ** 2 * kl
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_surrogate_matches_eta_to_first_order(seed):
+    """One value and one gradient at old; a tenth of a step away their difference is a hundredth: second order."""
+    *world, old = process(seed)
+    eta, visits, advantages = (x.detach() for x in solved(*world, old))
+    new = old.clone().requires_grad_()
+    slopes = [torch.autograd.grad(x, new)[0] for x in (local(new, old, visits, advantages), solved(*world, new)[0])]
+    assert local(old, old, visits, advantages).abs() < 1e-12 and torch.allclose(*slopes, 1e-9, 1e-11)
+    away = torch.randn(3, 2, generator=torch.Generator().manual_seed(seed + 50), dtype=torch.float64)
+    news = [old + size * away for size in (0.01, 0.001)]
+    gaps = [solved(*world, new)[0] - eta - local(new, old, visits, advantages) for new in news]
+    assert 50 < gaps[0] / gaps[1] < 200
 
 
 # -------------------------------------------------------------------------------------------- imitation and preferences

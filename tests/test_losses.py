@@ -1,6 +1,9 @@
 """Every formula against values worked by hand: the arithmetic stands beside the number."""
 
+import copy
+import itertools
 import math
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -12,16 +15,20 @@ import rm
 import sft
 from variants import (
     cispo,
+    composite_grpo,
     dapo,
     dr_grpo,
     gspo,
     off_policy_grpo,
+    ppo_ensemble,
     ppo_penalty,
     ppo_vtrace,
     reinforce,
     reinforce_pp,
     remax,
     rloo,
+    trpo,
+    vapo,
 )  # fmt: skip
 
 LN2 = math.log(2)
@@ -455,6 +462,96 @@ def test_reinforce_pp_whitens_over_all_actions():
     assert close(found, [[0, 1 / 16, 5 / 16, 13 / 16], [0, 0, 0, -19 / 16]], 1e-5)
 
 
+def test_terms_are_normalised_each_on_its_own_then_weighed():
+    """Groups of two: a term that differs gives +-1/sqrt(2), whatever its size, and one that is equal gives 0.
+
+    Weights 1 and 1/2, in units of 1/sqrt(2): (1 + 1/2, -1 - 1/2, 0 - 1/2, 0 + 1/2). Their squares add up to 5 / 2, over
+    N - 1 = 3: std sqrt(5/6). The result is (3, -3, -1, 1) / 2 / sqrt(2) / sqrt(5/6), but for the two 1e-4.
+    """
+    rewards = T([1.0, 0.0, 1.0, 1.0], [500.0, 100.0, -7.0, -3.0])
+    expected = T(3.0, -3.0, -1.0, 1.0) / 2 / 2**0.5 / (5 / 6) ** 0.5
+    found = composite_grpo.combined_advantages(rewards, [1.0, 0.5], 2)
+    assert found.shape == (4,) and close(found, expected, 1e-3)
+    assert close(composite_grpo.combined_advantages(rewards * T([3.0], [0.1]), [1.0, 0.5], 2), expected, 1e-3)
+    assert close(composite_grpo.combined_advantages(rewards + T([3.0], [-5.0]), [1.0, 0.5], 2), expected, 1e-3)
+    assert not close(composite_grpo.combined_advantages(rewards, [0.5, 1.0], 2), expected, 1e-1)
+
+
+def test_the_size_of_all_weights_does_not_matter_and_a_negative_one_turns_its_term():
+    """One term, groups (1, 0) and (1, 1): (s, -s, 0, 0) with s^2 + s^2 = N - 1 = 3, so s = sqrt(3/2)."""
+    rewards, s = T([1.0, 0.0, 1.0, 1.0]), 1.5**0.5
+    for weight in (1.0, 7.0, -1.0):
+        found = composite_grpo.combined_advantages(rewards, [weight], 2)
+        assert close(found, T(s, -s, 0.0, 0.0) * math.copysign(1, weight), 1e-3)
+        assert found[2:].tolist() == [0, 0]  # exactly: frac_zero_std counts these
+    assert composite_grpo.combined_advantages(T([0.3] * 4, [0.1] * 4), [1.0, 1.0], 2).tolist() == [0] * 4
+
+
+def test_opposed_terms_of_equal_weight_cancel_within_a_group():
+    """(1, 0) and (0, 9) are +-1/sqrt(2) of opposite signs; in the second group they agree: (0, 0, a, -a), a^2 = 3/2."""
+    found = composite_grpo.combined_advantages(T([1.0, 0.0, 1.0, 0.0], [0.0, 9.0, 9.0, 0.0]), [1.0, 1.0], 2)
+    assert close(found, T(0.0, 0.0, 1.5**0.5, -(1.5**0.5)), 1e-3)
+
+
+def test_the_batch_of_several_processes_has_one_std(monkeypatch):
+    """Two processes of one group each: (2, -2) / sqrt(2) and (1, -1) / sqrt(2), squares 4 and 1, N - 1 = 3."""
+    total = {"n": 4, "squares": 5.0}
+    monkeypatch.setattr(composite_grpo, "over_ranks", lambda own: {name: total[name] for name in own})
+    both = [composite_grpo.combined_advantages(T([1.0, 0.0]), [w], 2) for w in (2.0, 1.0)]
+    assert close(torch.cat(both), T(2.0, -2.0, 1.0, -1.0) / 2**0.5 / (5 / 3) ** 0.5, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (-INF, INF, [-3.0, 0.5, 4.0]),
+        (-1.0, INF, [-1.0, 0.5, 4.0]),
+        (-INF, 2.0, [-3.0, 0.5, 2.0]),
+        (0.0, 0.0, [0.0] * 3),
+    ],
+)
+def test_caps(low, high, expected):
+    rewards = T(-3.0, 0.5, 4.0)
+    assert composite_grpo.capped(rewards, low, high).tolist() == expected and rewards.tolist() == [-3.0, 0.5, 4.0]
+
+
+def test_length_penalty():
+    """Nothing up to the target of 4 tokens; then 5/4 - 1, 8/4 - 1, 14/4 - 1."""
+    assert close(composite_grpo.length_penalty(torch.tensor([1, 4, 5, 8, 14]), 4), T(0.0, 0.0, -0.25, -1.0, -2.5))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "penalty"),
+    [
+        ([5, 6, 5, 6, 5], 2, -1 / 2),  # 56 65 56 65: two of four occurred before
+        ([7, 7, 7, 7], 2, -2 / 3),  # 77 77 77
+        ([7, 7, 7, 7], 1, -3 / 4),
+        ([1, 2, 3], 1, 0.0),
+        ([5, 6, 5, 6, 5], 4, 0.0),
+        ([1, 2, 1, 2], 4, 0.0),  # a single 4-gram
+        ([1, 1, 1], 4, 0.0),  # shorter than n
+        ([], 1, 0.0),
+    ],
+)
+def test_repetition_penalty(tokens, n, penalty):
+    assert math.isclose(composite_grpo.repetition_penalty(tokens, n), penalty, abs_tol=1e-9)
+
+
+def test_terms_have_names_weights_and_caps(tmp_path):
+    """Of three completions the first is right, the second closes with a wrong box, the third answers too early."""
+    (tmp_path / "own.py").write_text("def f(rows, texts):\n    return [10 * len(text) for text in texts]\n")
+    own = f"{tmp_path}/own.py:f"
+    terms = ("exact", "format=.5", "length=2:-1", "repetition=-1::0.5", f"{own}=3::150", "exact=2")
+    args = SimpleNamespace(rewards=terms, target_length=2, ngram=1, system_prompt=None, micro_batch_size=4)
+    names, weights, terms_of = composite_grpo.load_terms(args)
+    assert names == ["exact", "format", "length", "repetition", own] and weights == [2.0, 0.5, 2.0, -1.0, 3.0]
+    texts = ["1\n#### 7", r"so \boxed{8}.", "#### 7\nno doubt"]
+    found = terms_of([{"answer": "7"}] * 3, texts, [[1, 2], [3, 3, 3], [4] * 9])
+    assert close(found, [[1, 0, 1], [1, 1, 0], [0, -0.5, -1], [0, -2 / 3, -8 / 9], [80, 130, 150]])
+    with pytest.raises(SystemExit, match="--rewards formt is not there"):
+        composite_grpo.load_terms(SimpleNamespace(rewards=("formt=1",)))
+
+
 # ------------------------------------------------------------------------------------------------------- with a critic
 
 
@@ -499,3 +596,233 @@ def test_vtrace(rewards, values, ratios, mask, options, advantages, targets):
     inputs = [torch.tensor([x], dtype=torch.float32) for x in (rewards, values, ratios, mask)]
     found = ppo_vtrace.vtrace(*inputs, *options)
     assert close(found[0], [advantages]) and close(found[1], [targets])
+
+
+def test_surrogate_of_ragged_rows_with_a_hole():
+    """Ratios 2, 1/2 with A = 3, -4, and 1 with A = 8: (6 - 2 + 8) / 4 = 3; the hole's -9 does not count. The gradient
+    is ratio * A / 4. With the same ratios and A turned, -3: nothing is clipped."""
+    logprobs = T([-5.0, LN2, -9.0, -LN2], [-5.0, 0.0, 0.0, 0.0]).requires_grad_()
+    mask = T([0.0, 1.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0])
+    advantages, old = T([7.0, 3.0, 7.0, -4.0], [7.0, 8.0, 7.0, 7.0]), torch.zeros(2, 4)
+    found = trpo.surrogate(logprobs, old, advantages, mask, 4)
+    assert found.shape == () and close(found, 3.0)
+    expected = T([0.0, 1.5, 0.0, -0.5], [0.0, 2.0, 0.0, 0.0])
+    assert close(torch.autograd.grad(found, logprobs)[0], expected)
+    assert close(trpo.surrogate(logprobs, old, -advantages, mask, 4), -3.0)
+    rows = [trpo.surrogate(*(x[i : i + 1] for x in (logprobs, old, advantages, mask)), 4) for i in range(2)]
+    assert close(sum(rows), 3.0)
+
+
+def test_conjugate_gradient():
+    """((4, 1), (1, 3)) x = (1, 2): x = (1, 7) / 11, after two products. One iteration is steepest descent: b times
+    (b b) / (b H b) = 5 / 20. The solution of 0 is 0, not 0 / 0, and NaN gives no product."""
+    matrix, b, calls = T([4.0, 1.0], [1.0, 3.0]).double(), T(1.0, 2.0).double(), []
+
+    def product(v):
+        calls.append(v)
+        return matrix @ v
+
+    found = trpo.conjugate_gradient(product, b, 10)
+    assert torch.allclose(found, T(1.0, 7.0).double() / 11, 1e-12, 1e-12) and len(calls) == 2
+    assert trpo.conjugate_gradient(product, b, 1).tolist() == [0.25, 0.5]
+    for broken in (0 * b, math.nan * b):
+        assert trpo.conjugate_gradient(product, broken, 10).tolist() == [0.0, 0.0]
+    assert len(calls) == 3
+
+
+def test_fisher_product_is_that_of_the_fisher_matrix_of_a_softmax():
+    """p = (1/6, 1/3, 1/2): the Fisher matrix of the logits is diag(p) - p p', by enumeration E[grad log p grad log p'].
+    Times (1, 0, 0): (5, -2, -3) / 36. The weights come in two tensors, and as products, so that the KL has curvature
+    from the weights too, which vanishes at old."""
+    p = torch.tensor([1 / 6, 1 / 3, 1 / 2], dtype=torch.float64)
+    first, second = p[:1].log().requires_grad_(), p[1:].log().requires_grad_()
+    log_p = torch.cat([first, second]).log_softmax(0)
+    kl = (p * (p.log() - log_p)).sum()
+    found = trpo.fisher_product(kl, [first, second], torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
+    assert torch.allclose(36 * found, torch.tensor([5.0, -2.0, -3.0], dtype=torch.float64))
+    weights = [torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()]
+    weights += [torch.tensor([0.3, -0.7], dtype=torch.float64).requires_grad_()]
+    log_p = (weights[1].tanh() @ weights[0]).log_softmax(0)
+    scores = torch.stack([trpo.flat(torch.autograd.grad(x, weights, retain_graph=True)) for x in log_p])  # (3, P)
+    fisher, vector = scores.T @ (log_p.exp()[:, None] * scores), torch.arange(8, dtype=torch.float64)
+    kl = (log_p.exp().detach() * (log_p.detach() - log_p)).sum()
+    assert torch.allclose(trpo.fisher_product(kl, weights, vector), fisher @ vector)
+
+
+def test_natural_step_ends_on_the_ellipse():
+    """H = diag(1, 4), gradient (2, 8): s = H^-1 gradient = (2, 2), s H s = 4 + 16 = 20; 1/2 step H step = 0.1 needs the
+    factor (0.2 / 20)^(1/2) = 1/10. Ten times the gradient gives the same step."""
+    diagonal, gradient = T(1.0, 4.0), T(2.0, 8.0)
+    for scale in (1, 10):
+        assert close(trpo.natural_step(lambda v: diagonal * v, scale * gradient, 0.1, 10), [0.2, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("improvement", "max_kl", "expected"),
+    [  # KL of fraction f is f^2; the improvement of f stands in the first column
+        (lambda f: f, 1.0, (1.0, 1.0, 1.0)),
+        (lambda f: f, 0.1, (0.25, 0.25, 1 / 16)),  # 1/4 does not hold
+        (lambda f: 0.3 - f, 1.0, (0.25, 0.3 - 0.25, 1 / 16)),  # 1 and 1/2 hold, but do not improve
+        (lambda f: 0.0, 1.0, (0.0, 0.0, 0.0)),  # as good as before is no improvement
+        (lambda f: -f, 1.0, (0.0, 0.0, 0.0)),
+        (lambda f: math.nan, 1.0, (0.0, 0.0, 0.0)),
+        (lambda f: f, 1e-9, (0.0, 0.0, 0.0)),
+    ],
+)
+def test_line_search(improvement, max_kl, expected):
+    """The policy stays where the last call has moved it: at the fraction returned, or at 0."""
+    moved = []
+
+    def measure(step):
+        moved.append(step.item())
+        return improvement(step.item()), step.item() ** 2
+
+    assert trpo.line_search(measure, torch.tensor(1.0), max_kl) == expected and moved[-1] == expected[0]
+
+
+class Bigram(torch.nn.Module):
+    """Logits of a token that depend on the token before it: row `previous` of a table."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = torch.nn.Embedding.from_pretrained(table, freeze=False)
+
+    def get_decoder(self):
+        return lambda input_ids, use_cache: SimpleNamespace(last_hidden_state=self.table(input_ids))
+
+    def get_output_embeddings(self):
+        return torch.nn.Identity()
+
+
+def test_token_kl_sums_over_the_vocabulary_and_is_that_of_old_to_new():
+    """(1/2, 1/2) || (3/4, 1/4): 1/2 ln(2/3) + 1/2 ln 2 = 1/2 ln(4/3); turned, 3/4 ln(3/2) + 1/4 ln(1/2). At temperature
+    1/2 the logits double: 9 to 1, 1/2 ln(25/9). It is 0 in the prompt and in a hole, whatever the token."""
+    old, new = Bigram(torch.zeros(2, 2)), Bigram(T([math.log(3), 0.0], [0.0, 0.0]))
+    ids, mask = T([0, 1, 0, 0, 1], [0, 0, 0, 0, 0]), T([0.0, 1.0, 1.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0, 0.0])
+    at = T([0.0, 1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0, 0.0])  # token 0 stands before; behind token 1 both agree
+    assert close(trpo.token_kl(new, old, ids, mask), at * math.log(4 / 3) / 2)
+    assert close(trpo.token_kl(old, new, ids, mask), at * (0.75 * math.log(1.5) - 0.25 * LN2))
+    assert close(trpo.token_kl(new, old, ids, mask, 0.5), at * math.log(25 / 9) / 2)
+
+
+def updated(seed=0, size=64, scale=1.0, **changes):
+    """A model of 5 tokens after a step on 20 random rows with a hole: metrics, policy, old, ids, mask, advantages."""
+    generator = torch.Generator().manual_seed(seed)
+    table, ids = torch.randn(5, 5, generator=generator), torch.randint(5, (20, 7), generator=generator)
+    policy, mask = Bigram(table), (torch.arange(7) > 1).float().repeat(20, 1)
+    mask[3:9, 4] = mask[10:, 6] = 0.0
+    advantages = scale * torch.randn(20, 7, generator=generator)
+    policy.token_logprobs, old = MethodType(trpo.token_logprobs, policy), copy.deepcopy(policy).requires_grad_(False)
+    old_logprobs = trpo.token_logprobs(old, ids, mask)[0]
+    settings = {"max_kl": 0.01, "damping": 0.1, "cg_iterations": 10, "temperature": 1.0, "micro_batch_size": size}
+    args = SimpleNamespace(**(settings | changes))
+    metrics = trpo.trpo_update(policy, old, ids, mask, old_logprobs, advantages, args)
+    return metrics, policy, old, ids, mask, advantages
+
+
+@pytest.mark.parametrize(("seed", "max_kl"), itertools.product(range(3), (0.3, 0.01, 0.0001)))
+def test_after_a_step_the_kl_holds_and_the_surrogate_is_better(seed, max_kl):
+    """Both computed anew from the tables, position by position; and the KL is no tiny part of what is allowed."""
+    metrics, policy, old, ids, mask, advantages = updated(seed, max_kl=max_kl)
+    new_p, old_p = (model.table.weight.detach().double().softmax(1) for model in (policy, old))
+    improvement = kl = 0.0
+    for n, t in mask.nonzero().tolist():
+        before, token = ids[n, t - 1], ids[n, t]
+        kl += (old_p[before] * (old_p[before] / new_p[before]).log()).sum() / mask.sum()
+        improvement += (new_p[before, token] / old_p[before, token] - 1) * advantages[n, t] / mask.sum()
+    assert metrics["accepted"] > 0 and max_kl / 20 < kl <= max_kl * (1 + 1e-3) and improvement > 0
+    assert close(metrics["kl_step"], kl, 1e-6) and close(metrics["improvement"], improvement, 1e-5)
+
+
+def test_a_step_does_not_depend_on_micro_batches_nor_on_the_size_of_the_advantages():
+    tables = [updated(**changes)[1].table.weight for changes in ({}, {"size": 1}, {"size": 7}, {"scale": 1000.0})]
+    assert all(close(x, tables[0], 2e-5) for x in tables[1:]) and not close(tables[0], updated()[2].table.weight, 1e-2)
+
+
+@pytest.mark.parametrize("scale", [0.0, math.nan])
+def test_without_a_gradient_the_policy_stays_as_it_is_to_the_last_bit(scale):
+    metrics, policy, old, *_ = updated(scale=scale)
+    assert metrics["accepted"] == metrics["kl_step"] == 0 and torch.equal(policy.table.weight, old.table.weight)
+    assert math.isnan(metrics["grad_norm"]) == math.isnan(scale)
+
+
+@pytest.mark.parametrize(
+    ("how", "coef", "expected"),
+    [  # by column: 1, 3, 5 have mean 3 and variance 8/3 (over 3); all 2 have 0; 0, 0, -6 have mean -2, variance 8
+        ("mean", 9.0, [3.0, 2.0, -2.0]),
+        ("min", 9.0, [1.0, 2.0, -6.0]),
+        ("std", 0.0, [3.0, 2.0, -2.0]),
+        ("std", 1.0, [3 - (8 / 3) ** 0.5, 2.0, -2 - 8**0.5]),
+        ("std", 0.5, [3 - (2 / 3) ** 0.5, 2.0, -2 - 2**0.5]),
+        ("std", -1.0, [3 + (8 / 3) ** 0.5, 2.0, -2 + 8**0.5]),
+    ],
+)
+def test_ensemble_score(how, coef, expected):
+    """Of K = 3 models and n = 3 completions; the order of the models does not matter."""
+    scores = T([1.0, 2.0, 0.0], [3.0, 2.0, 0.0], [5.0, 2.0, -6.0])
+    found = ppo_ensemble.ensemble_score(scores, how, coef)
+    assert found.shape == (3,) and close(found, expected)
+    assert close(ppo_ensemble.ensemble_score(scores[[2, 0, 1]], how, coef), expected)
+
+
+@pytest.mark.parametrize("how", ["mean", "min", "std"])
+def test_an_ensemble_of_one_is_its_model(how):
+    assert ppo_ensemble.ensemble_score(T([1.5, -2.0]), how, 0.5).tolist() == [1.5, -2.0]
+
+
+def ensemble(monkeypatch, functions, texts, over_ranks=None):
+    """load_ensemble with these reward functions, and a policy that writes these texts."""
+    monkeypatch.setattr(ppo_ensemble, "load_reward", lambda args: lambda rows, texts: functions[args.reward](texts))
+    monkeypatch.setattr(ppo_ensemble, "rollout", lambda *_: (texts, None))
+    if over_ranks:
+        monkeypatch.setattr(ppo_ensemble, "over_ranks", over_ranks)
+    args = SimpleNamespace(rewards=list(functions), seed=0, temperature=1.0)
+    tokenizer = SimpleNamespace(batch_decode=lambda completions, **_: completions)
+    return ppo_ensemble.load_ensemble(args, None, tokenizer, [{"prompt_ids": [1]}] * len(texts), [0])
+
+
+def lengths(texts):
+    return T(*[float(len(text)) for text in texts])
+
+
+def test_scores_have_the_scale_of_the_first_policys_completions(monkeypatch):
+    """Lengths 1, 1, 5, 5 have mean 3 and std 2 (divided by 4): a length of 9 is 3. 100 - 7 times as much: -3."""
+    functions = {"a": lengths, "b": lambda texts: 100 - 7 * lengths(texts)}
+    scores_of = ensemble(monkeypatch, functions, ["x", "x", "xxxxx", "xxxxx"])
+    assert close(scores_of([{}] * 3, ["x" * 9, "xxx", "x"]), T([3.0, 0.0, -1.0], [-3.0, 0.0, 1.0]), 1e-5)
+
+
+def test_the_scale_is_that_of_all_processes(monkeypatch):
+    """This process has lengths 1, 1, the other 5, 5: n 4, sum 12, squared deviations from 3 add up to 16."""
+    totals = iter([{"n": 4.0, "x": 12.0}, {"x": 16.0}])
+    scores_of = ensemble(monkeypatch, {"a": lengths}, ["x", "x"], lambda own: next(totals))
+    assert close(scores_of([{}], ["x" * 9]), T([3.0]), 1e-5)
+
+
+def test_a_model_without_opinion_stays_finite(monkeypatch):
+    scores_of = ensemble(monkeypatch, {"a": lambda texts: torch.full((len(texts),), 7.0)}, ["x", "xx"])
+    assert scores_of([{}], ["xxx"]).tolist() == [[0.0]]
+
+
+def test_the_lambda_of_vapo_grows_with_the_length():
+    """1 - 1 / (alpha * length), at least 0. In GAE each row has its own: 1/2 and 0, for a reward of 1 at the end."""
+    assert close(vapo.length_adaptive_lam(T(1.0, 2.0, 4.0, 100.0), 1.0), [0.0, 0.5, 0.75, 0.99])
+    assert close(vapo.length_adaptive_lam(T(5.0, 20.0, 40.0, 1000.0), 0.05), [0.0, 0.0, 0.5, 0.98])
+    mask = T([1.0, 1.0, 1.0], [1.0, 0.0, 1.0])
+    rewards = T([0.0, 0.0, 1.0], [0.0, 0.0, 1.0])
+    advantages, _ = ppo.gae(rewards, torch.zeros(2, 3), mask, 1.0, T(0.5, 0.0))
+    assert close(advantages, [[0.25, 0.5, 1.0], [0.0, 0.0, 1.0]])
+
+
+def test_vapo_clips_higher_and_imitates_what_was_right():
+    """Ratios 1.25, 1.3, 1.3, .75 with A = 1, 1, -1, -1: -1.25, -1.28, 1.3, .8, of 10 tokens; the second and the fourth
+    have no gradient. Right are rows 1 and 3 with 2 and 1 of the minibatch's 4 right tokens: (1 + 2 + 4) / 4."""
+    logprobs, mask = logs([1.25, 1.3, 1.3, 0.75, 9.0]), T([1.0, 1.0, 1.0, 1.0, 0.0])
+    loss = vapo.vapo_loss(logprobs, torch.zeros(1, 5), T([1.0, 1.0, -1.0, -1.0, 5.0]), mask, 0.2, 0.28, 10)
+    assert close(loss, -0.043) and close(gradient(loss, logprobs), [[-0.125, 0.0, 0.13, 0.0, 0.0]])
+    logprobs = T([-1.0, -9.0, -2.0], [-3.0, -3.0, -3.0], [-4.0, 0.0, 0.0]).requires_grad_()
+    mask = T([1.0, 0.0, 1.0], [1.0, 1.0, 1.0], [1.0, 0.0, 0.0])
+    loss = vapo.positive_lm_loss(logprobs, mask, T(1.0, 0.0, 1.0), 4)
+    expected = [[-1 / 4, 0.0, -1 / 4], [0.0, 0.0, 0.0], [-1 / 4, 0.0, 0.0]]
+    assert close(loss, 7 / 4) and close(gradient(loss, logprobs), expected)
+    assert vapo.positive_lm_loss(logprobs, mask, torch.zeros(3), 0).item() == 0

@@ -61,6 +61,8 @@ def data(tmp_path_factory):
 OWN = {  # what short runs of a variant need besides its parent's settings
     "off_policy_grpo": {"prompts_per_step": 2, "staleness": 2},
     "ppo_vtrace": {"prompts_per_step": 2, "staleness": 2},
+    "vapo": {"group_size": 1, "value_warmup": 0},
+    "composite_grpo": {"max_new_tokens": 40},  # room for demonstrations
 }
 
 
@@ -74,6 +76,9 @@ def settings(name, tiny, data, out, **changes):
         "grpo": {**online, "group_size": 3, "num_epochs": 2},
         "ppo": {**online, "num_minibatches": 2, "value_lr": 1e-3},
     }
+    letters = f"{data}/rewards.py:letters"
+    of_rewards = {"composite_grpo": (letters, "repetition=.1"), "ppo_ensemble": (f"{data}/rm", letters)}
+    same |= {"rewards": of_rewards.get(name), "sft_dataset": f"{data}/rows.jsonl"}
     return {**known(name, same | own[PARENT[name]] | OWN.get(name, {})), **changes}
 
 
@@ -150,7 +155,7 @@ def test_the_first_step_starts_from_the_reference(name, runs):
     if name == "dpo":
         assert rows[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6) and rows[0]["eval/pair_accuracy"] == 0.5
         assert rows[1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert [row["lr"] for row in rows[1:]] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
+    assert [row.get("lr", row.get("value_lr")) for row in rows[1:]] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
 
 
 def gradient_norm(loss, model):
@@ -207,7 +212,9 @@ RETURNS = {  # where advantages are whitened returns: from the score and the log
     "reinforce_pp": lambda score, logps: score * torch.ones(len(logps)),
     "ppo": lambda score, logps: score * 0.95 ** torch.arange(len(logps) - 1.0, -1, -1),  # its values are 0
     "ppo_penalty": lambda score, logps: score * 0.95 ** torch.arange(len(logps) - 1.0, -1, -1),
+    "ppo_ptx": lambda score, logps: score * 0.95 ** torch.arange(len(logps) - 1.0, -1, -1),  # here without its SFT loss
     "ppo_vtrace": lambda score, logps: score * logps.exp().flip(0).cumprod(0).flip(0),  # ratios as above
+    "vapo": lambda score, logps: score * (1 - 1 / len(logps)) ** torch.arange(len(logps) - 1.0, -1, -1),
 }
 
 
@@ -225,6 +232,7 @@ def test_the_first_gradient_of_given_completions(name, tiny, data, tmp_path, mon
 
     monkeypatch.setattr(script, "generate", generate)
     settings = {"num_epochs": 1, "num_minibatches": 1, "staleness": 1, "prompts_per_step": 4, "steps": 1}
+    settings |= {"value_warmup": 0, "sft_coef": 0.0}
     if name not in ("rloo", "reinforce", "remax", "reinforce_pp") and PARENT[name] == "grpo":
         settings |= {"kl_coef": 0.0}
     run(name, tiny, data, tmp_path / "out", **known(name, settings))
@@ -238,6 +246,9 @@ def test_the_first_gradient_of_given_completions(name, tiny, data, tmp_path, mon
         returns = torch.cat([RETURNS[name]((n + 1) / 8, x.detach()) for n, x in enumerate(logps)])
         white = (returns - returns.mean()) / (returns.var(correction=0) + 1e-8) ** 0.5
         loss = -(white * torch.cat(logps)).mean()
+    if name == "vapo":  # all are right, and imitated; values learn the score itself
+        loss = loss - 0.1 * torch.cat(logps).mean()
+        returns = torch.cat([torch.full_like(x.detach(), (n + 1) / 8) for n, x in enumerate(logps)])
     if PARENT[name] == "ppo":
         hidden = [model.model(torch.tensor([p + c])).last_hidden_state[0, len(p) - 1 : -1] for p, c in zip(*made[2])]
         inputs = torch.nn.functional.pad(torch.cat(hidden), (0, 1), value=1.0)  # with the bias
@@ -457,6 +468,11 @@ FLAGS = {  # what a variant's own flags are changed to
     "off_policy_grpo": {"weight_cap": 0.5, "staleness": 3, "clip_eps": 1e-4},
     "ppo_penalty": {"kl_target": 1e-12},
     "ppo_vtrace": {"rho_cap": 0.5, "c_cap": 0.5, "lam": 0.5, "staleness": 3},
+    "composite_grpo": {"entropy_coef": 0.5, "sft_coef": 0.5, "ngram": 1, "rewards": ("length",)},
+    "ppo_ptx": {"sft_coef": 0.5},
+    "ppo_ensemble": {"ensemble": "mean"},
+    "vapo": {"clip_low": 1e-4, "clip_high": 1e-4, "value_warmup": 1, "alpha": 9.0, "lm_coef": 0.5, "group_size": 2},
+    "trpo": {"max_kl": 1e-5, "cg_iterations": 2, "damping": 1.0, "kl_coef": 0.9},
 }
 
 
@@ -524,7 +540,7 @@ def test_rows_without_signal_are_left_out_without_changing_the_gradient(tiny, da
     assert all(torch.equal(x, start[key]) for key, x in weights(tmp_path / "c").items())
 
 
-@ALL
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "trpo"])  # its policy has no optimizer
 def test_a_gradient_that_is_not_finite_skips_the_update(name, tiny, data, tmp_path, monkeypatch):
     """The step is seen in the log, and neither weights nor moments have moved when the next one comes."""
     clip, calls = torch.nn.utils.clip_grad_norm_, []
@@ -627,6 +643,61 @@ def test_a_language_model_is_no_reward_model(name, tiny, data, tmp_path):
     with pytest.raises(SystemExit, match="a reward model has one label"):
         run(name, tiny, data, tmp_path / "out", reward=tiny)
     assert not (tmp_path / "out").exists()
+
+
+def small_run(tmp_path, **options):
+    """A run of a tiny model of random weights on 20 rows: the lines of its log behind the one before training."""
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1), "completion": "#### 0"} for i in range(20)]
+    name = write_rows(tmp_path / "rows.jsonl", rows)
+    model = save_tiny(tmp_path / "tiny", hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    options = {"model": model, "dataset": name, "sft_dataset": name, "out": f"{tmp_path}/out"} | options
+    options |= {"prompts_per_step": 4, "group_size": 2, "max_new_tokens": 8, "lr": 3e-3, "warmup_steps": 1}
+    last = SCRIPTS["composite_grpo"].main(SCRIPTS["composite_grpo"].Args(**options))
+    log = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()][1:]
+    assert log[-1] == {"step": len(log), **last}
+    return log
+
+
+def test_a_heavy_sft_term_teaches_the_demonstrations(tmp_path):
+    """Ten updates lower its loss by a third. At weight 0 no demonstration is read."""
+    log = small_run(tmp_path, steps=10, sft_coef=100.0)
+    assert log[-1]["sft_loss"] < log[0]["sft_loss"] * 2 / 3
+    (tmp_path / "without").mkdir()
+    assert "sft_loss" not in small_run(tmp_path / "without", steps=1)[0]
+
+
+def test_the_run_ends_past_its_budget_of_kl(tmp_path):
+    """The KL is 0 before the first update. The first step in which it is above 0 is the last, evaluated and saved."""
+    log = small_run(tmp_path, steps=5, kl_coef=0.0, kl_stop=1e-9, rewards=("length",), target_length=1)
+    assert 2 <= len(log) < 5 and [step["kl_ref"] > 1e-9 for step in log] == [False] * (len(log) - 1) + [True]
+    assert "eval/reward_greedy" in log[-1] and Path(tmp_path, "out", "checkpoints", f"step-{len(log)}").exists()
+
+
+def test_a_missing_model_says_which_command_makes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="runs/rm-7 is not there: run `python rm.py --seed 1 --out runs/rm-7` first"):
+        SCRIPTS["ppo_ensemble"].main(SCRIPTS["ppo_ensemble"].Args(rewards=("org/model", "runs/rm-7")))
+
+
+@pytest.mark.parametrize("how", ["mean", "min", "std"])
+def test_the_log_of_a_run(how, tmp_path):
+    """Two opposed reward functions beside a model: their means, the disagreement and the truth are in the log."""
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(40)])
+    (tmp_path / "own.py").write_text(
+        "def longer(rows, texts):\n    return [len(text) for text in texts]\n\n\n"
+        "def shorter(rows, texts):\n    return [-len(text) for text in texts]\n"
+    )
+    model = save_tiny(tmp_path / "tiny", hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(config | {"num_labels": 1}))
+    names = (model, f"{tmp_path}/own.py:longer", f"{tmp_path}/own.py:shorter")
+    options = {"model": model, "dataset": rows, "rewards": names, "ensemble": how, "ensemble_coef": 1.0}
+    options |= {"prompts_per_step": 8, "num_minibatches": 2, "max_new_tokens": 6, "steps": 1, "out": f"{tmp_path}/out"}
+    last = SCRIPTS["ppo_ensemble"].main(SCRIPTS["ppo_ensemble"].Args(**options))
+    means = [last[f"reward/{name}"] for name in names]
+    assert abs(means[1] + means[2]) < 1e-5 and last["disagreement"] > 0 and last["accuracy"] == 0
+    expected = sum(means) / 3 - (last["disagreement"] if how == "std" else 0)
+    assert last["reward"] < min(means) if how == "min" else abs(last["reward"] - expected) < 1e-5
 
 
 # --------------------------------------------------------------------------------------------------------------- resume
