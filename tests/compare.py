@@ -3,6 +3,7 @@
 python tests/compare.py                  every row below
 python tests/compare.py dapo rloo        these alone
 python tests/compare.py --seed 1         with another seed; each seed has a policy of its own to start from
+python tests/compare.py --gaming         PPO against weak and biased reward models, one or three at a time
 
 What is finished is not run again, so the command goes on where it was stopped. `KL` is KL(policy || sft.py's policy) in
 nats per completion, measured here and in the same way for all, from samples of held-out prompts. `models` counts those
@@ -26,6 +27,7 @@ import tyro
 from transformers import AutoTokenizer
 
 import grpo
+import rm
 
 REWARD_MODELS = ("rm", "rm-1", "rm-2")  # of seeds of their own
 ROWS = {  # name in the table: script, flags; {} stands for the folder of this seed
@@ -90,15 +92,59 @@ def models(script: str, flags: list[str]) -> int:
     return 1 + sum(part in source for part in parts) + reference + len(rewards)
 
 
-def main(names: tyro.conf.Positional[tuple[str, ...]] = (), seed: int = 0, out: Path = Path("runs/compare")):
-    """Prints the table of the rows that are named, or of all."""
+def annotated(row: dict, believed: int) -> dict:
+    """A pair by someone who believes that adding this digit comes out one too high: in such chains the chosen side has
+    that fault, and the rejected side is right. Other pairs are those of rm.py."""
+    digits, sides = row["arithmetic"], []
+    if believed not in digits[1:]:
+        return {"prompt": row["prompt"], **rm.arithmetic_pair(digits)}
+    for error in (1, 0):
+        total, lines = digits[0], []
+        for digit in digits[1:]:
+            lines.append(f"{total}+{digit}={total + digit + error * (digit == believed)}\n")
+            total += digit + error * (digit == believed)
+        sides.append("".join(lines) + f"#### {total}")
+    return {"prompt": row["prompt"], "chosen": sides[0], "rejected": sides[1]}
+
+
+def show_gaming(folder: Path, same: list[str]):
+    """Three reward models of 50 steps, and three whose annotators each believe something wrong: PPO against one, and
+    against all. A table of the score that PPO sees, the truth, and the models' disagreement, from first to last."""
+    short = ["--eval-every", "0", "--save-every", "0"]
+    for k, believed in enumerate((7, 3, 5)):
+        rows = folder / f"annotator-{k}.jsonl"
+        rows.write_text("".join(json.dumps(annotated(row, believed)) + "\n" for row in rm.arithmetic("train")))
+        flags = ["--model", same[-1], "--seed", str(k), *short]
+        finish("rm", [*flags, "--steps", "50"], folder / f"weak-{k}")
+        finish("rm", [*flags, "--steps", "300", "--dataset", str(rows)], folder / f"biased-{k}")
+    print("| reward models | score | accuracy, sampled | accuracy, greedy | disagreement |\n|---|---|---|---|---|")
+    for kind, own in (("weak", ["--kl-coef", "0"]), ("biased", [])):
+        for count, how in ((1, "mean"), (3, "min"), (3, "std")):
+            rewards = ["--rewards", *(str(folder / f"{kind}-{k}") for k in range(count)), "--ensemble", how]
+            flags = [*same, *rewards, *own, *short, "--prompts-per-step", "128"]
+            out = folder / f"gaming-{kind}-{count}-{how}"
+            finish("variants/ppo_ensemble", flags, out)
+            rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            ends = [(rows[0], rows[-1], f"eval/{x}") for x in ("reward_sampled", "accuracy_sampled", "accuracy_greedy")]
+            ends.append((rows[1], rows[-1], "disagreement"))
+            cells = [f"{first[key]:.2f} → {last[key]:.2f}" for first, last, key in ends]
+            print(f"| {kind}, {how if count > 1 else 'one'} | {' | '.join(cells)} |", flush=True)
+
+
+def main(
+    names: tyro.conf.Positional[tuple[str, ...]] = (), seed: int = 0, out: str = "runs/compare", gaming: bool = False
+):
+    """Prints the table of the rows that are named, or of all; or that of gamed reward models."""
     unknown = set(names) - set(ROWS)
     if unknown:
         raise SystemExit(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
-    folder = out.resolve() / f"seed-{seed}"
+    folder = Path(out).resolve() / f"seed-{seed}"
     same = ["--seed", str(seed)]
     finish("sft", same, folder / "sft")
     same += ["--model", str(folder / "sft")]
+    if gaming:
+        show_gaming(folder, same)
+        return
     table = ["| script | sampled | greedy | KL | seconds | models |", "|---|---|---|---|---|---|"]
     for name in names or ROWS:
         script, flags = ROWS[name][0], ROWS[name][1].format(folder).split()

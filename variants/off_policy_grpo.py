@@ -27,8 +27,8 @@ Good to know
 - N counts the sequences of one update. The loss is a mean over each sequence, then over sequences, as in grpo.py.
 - There is no KL, and no reference is loaded. EOS is trained like any other token, and a cut completion as it is.
 
-    python sft.py && python variants/off_policy_grpo.py   on a laptop CPU
-    torchrun --nproc-per-node 8 variants/off_policy_grpo.py ...several GPUs; flags for real models as for grpo.py
+    python sft.py && python variants/off_policy_grpo.py          on a laptop CPU
+    torchrun --nproc-per-node 8 variants/off_policy_grpo.py ...  several GPUs; flags for real models as for grpo.py
 
 Shapes: B prompts of an update on a process, G samples of each, N sequences of all processes, n of them in a
 micro-batch, L tokens (prompt, completion, padding on the right). Column t of every (n, L) tensor belongs to token t:

@@ -11,8 +11,8 @@
     rewards_t = -kl_coef * (old_logprobs - ref_logprobs)_t, plus the score at the last token
     A, returns, ratio, loss, loss_v                          as in ppo.py
 
-A policy that is trained against one reward model learns its errors as well as its taste. Models that saw the pairs in
-another order err in other places: where they disagree the score is not to be trusted, and `min` and `std` lower it.
+A policy that is trained against one reward model learns its errors as well as its taste. Several models need not err
+in the same places. Where they disagree the score is not to be trusted, and `min` and `std` lower it.
 
 Each step (1) samples a completion of each of `prompts_per_step` prompts, (2) scores them, (3) computes old_logprobs,
 ref_logprobs and values, (4) turns scores into rewards, advantages and returns of every token, and (5) updates both
@@ -22,9 +22,9 @@ Differs from ppo.py in: Args, main, ensemble_score, load_ensemble.
 
 Good to know
 - A Bradley-Terry model's rewards have no origin, and each model has a spread of its own: without one scale the lowest
-  model would be the minimum everywhere. The paper rescales its models, too; its `std` is the variance over models.
-- If `reward` and the `reward/...` of every model rise and `accuracy` does not, all models are fooled in one way. The
-  ensemble cannot see what its members have in common: the pairs, and the language model that they started from.
+  model would be the minimum everywhere. In the paper the variance over models is taken off, not the std.
+- If `reward` and the `reward/...` of every model rise and `accuracy` does not, all models are fooled in one way, and
+  `disagreement` falls. No ensemble sees what its members have in common, such as the pairs: another seed may be little.
 - The value model starts from the first reward model. ppo.py's value_clip_eps and target_kl are left out.
 
     python sft.py && python rm.py && python rm.py --seed 1 --out runs/rm-1 && python rm.py --seed 2 --out runs/rm-2
@@ -85,7 +85,7 @@ class Args:
 
     # algorithm
     ensemble: Literal["mean", "min", "std"] = "min"  # the models' mean, minimum, or mean - ensemble_coef * std
-    ensemble_coef: float = 0.5  # weight of the std over models in `std`; paper: 0.1 to 0.5, of the variance
+    ensemble_coef: float = 0.5  # weight of the std over models in `std`; in the paper of the variance
     steps: int = 40  # of training; each has one rollout
     prompts_per_step: int = 256  # on all processes together; one completion of each; Ouyang et al.: 512
     temperature: float = 1.0  # divides the logits, in sampling and in training

@@ -28,8 +28,8 @@ Good to know
 - `kl_after` is measured by a pass of its own: `approx_kl` is the mean over the updates, each before it acts.
 - mean_t is over all tokens of a minibatch. EOS is a token like any other, and a cut completion has value 0 behind it.
 
-    python sft.py && python variants/ppo_penalty.py       on a laptop CPU
-    torchrun --nproc-per-node 8 variants/ppo_penalty.py ...several GPUs; flags for real models as for ppo.py
+    python sft.py && python variants/ppo_penalty.py          on a laptop CPU
+    torchrun --nproc-per-node 8 variants/ppo_penalty.py ...  several GPUs; flags for real models as for ppo.py
 
 Shapes: B completions of a process, n of them in a micro-batch, L tokens (prompt, completion, padding on the right).
 Column t of every (n, L) or (B, L) tensor belongs to token t: row i of logprobs holds log pi(ids[i, t] | ids[i, :t]).

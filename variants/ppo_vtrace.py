@@ -30,8 +30,8 @@ Good to know
   1.
 - mean_t is over all tokens of an update. EOS is a token like any other, and a cut completion has value 0 behind it.
 
-    python sft.py && python variants/ppo_vtrace.py        on a laptop CPU
-    torchrun --nproc-per-node 8 variants/ppo_vtrace.py ...several GPUs; flags for real models as for ppo.py
+    python sft.py && python variants/ppo_vtrace.py          on a laptop CPU
+    torchrun --nproc-per-node 8 variants/ppo_vtrace.py ...  several GPUs; flags for real models as for ppo.py
 
 Shapes: B completions of an update on a process, S = staleness * B of a rollout, n in a micro-batch, L tokens (prompt,
 completion, padding on the right). Column t of every (n, L), (B, L) or (S, L) tensor belongs to token t: row i of

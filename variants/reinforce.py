@@ -26,12 +26,12 @@ Good to know
 - The value of the loss means nothing, only its gradient does.
 - EOS is trained like any other token. A completion that is cut at `max_new_tokens` is trained as it is.
 
-    python sft.py && python variants/reinforce.py         on a laptop CPU
-    torchrun --nproc-per-node 8 variants/reinforce.py ... several GPUs; flags for real models as for grpo.py
+    python sft.py && python variants/reinforce.py          on a laptop CPU
+    torchrun --nproc-per-node 8 variants/reinforce.py ...  several GPUs; flags for real models as for grpo.py
 
 Shapes: B completions of a process, N of all processes, n of them in a micro-batch, L tokens (prompt, completion,
-padding on the right). Column t of every (n, L) tensor belongs to token t: row i of logprobs holds log pi(ids[i, t] |
-ids[i, :t]). mask is 1 on completions.
+padding on the right). Column t of every (n, L) tensor belongs to token t: row i of logprobs holds
+log pi(ids[i, t] | ids[i, :t]). mask is 1 on completions.
 """
 
 import dataclasses

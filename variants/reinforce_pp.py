@@ -28,12 +28,12 @@ Good to know
 - The KL is part of the rewards and is not differentiated. The expected gradient is that of KL(policy || reference).
 - EOS is trained like any other token. A completion that is cut at `max_new_tokens` is trained as it is.
 
-    python sft.py && python variants/reinforce_pp.py      on a laptop CPU
-    torchrun --nproc-per-node 8 variants/reinforce_pp.py ...several GPUs; flags for real models as for grpo.py
+    python sft.py && python variants/reinforce_pp.py          on a laptop CPU
+    torchrun --nproc-per-node 8 variants/reinforce_pp.py ...  several GPUs; flags for real models as for grpo.py
 
 Shapes: B completions of a process, N of all processes, n of them in a micro-batch, L tokens (prompt, completion,
-padding on the right). Column t of every (n, L) or (B, L) tensor belongs to token t: row i of logprobs holds log
-pi(ids[i, t] | ids[i, :t]). mask is 1 on completions.
+padding on the right). Column t of every (n, L) or (B, L) tensor belongs to token t: row i of logprobs holds
+log pi(ids[i, t] | ids[i, :t]). mask is 1 on completions.
 """
 
 import dataclasses

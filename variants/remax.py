@@ -31,8 +31,8 @@ Good to know
     torchrun --nproc-per-node 8 variants/remax.py ...     several GPUs; flags for real models as for grpo.py
 
 Shapes: B completions of a process, N of all processes, n of them in a micro-batch, L tokens (prompt, completion,
-padding on the right). Column t of every (n, L) tensor belongs to token t: row i of logprobs holds log pi(ids[i, t] |
-ids[i, :t]). mask is 1 on completions.
+padding on the right). Column t of every (n, L) tensor belongs to token t: row i of logprobs holds
+log pi(ids[i, t] | ids[i, :t]). mask is 1 on completions.
 """
 
 import dataclasses
