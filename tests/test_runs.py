@@ -306,6 +306,28 @@ def test_the_first_gradient_of_the_kl(name, tiny, data, tmp_path, monkeypatch):
     assert rows_of(tmp_path / "out")[1]["grad_norm"] == pytest.approx(gradient_norm(loss, model), rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["ppo_ptx", "composite_grpo"])
+def test_the_first_gradient_of_demonstrations(name, tiny, data, tmp_path):
+    """Where no reward differs it is sft_coef times that of the mean over the demonstrations' tokens, EOS included; all
+    demonstrations are the same one here."""
+    (tmp_path / "r.py").write_text("def f(rows, texts): return [0] * len(rows)\n")
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "completion": "#### 2"}] * 60)
+    settings = {
+        "reward": f"{tmp_path}/r.py:f",
+        "rewards": (f"{tmp_path}/r.py:f",),
+        "sft_dataset": rows,
+        "sft_coef": 0.3,
+    }
+    settings |= {"num_epochs": 1, "num_minibatches": 1, "steps": 1, "kl_coef": 0.0, "missing_eos_penalty": 0.0}
+    run(name, tiny, data, tmp_path / "out", **known(name, settings))
+    row = rows_of(tmp_path / "out")[1]
+    model, tokenizer = (auto.from_pretrained(tiny) for auto in (AutoModelForCausalLM, AutoTokenizer))
+    prompt = grpo.encode(tokenizer, {"prompt": "1+1="}, None)
+    loss = -completion_logps(model, prompt, [*tokenizer.encode("#### 2"), 1]).mean()
+    assert row["sft_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert row["grad_norm"] == pytest.approx(gradient_norm(0.3 * loss, model), rel=1e-3)
+
+
 def test_a_reward_model_scores_as_transformers_does(runs):
     """rm.py's own scores of held-out pairs, one by one and in a padded batch, by AutoModelForSequenceClassification."""
     out, _ = runs("rm")

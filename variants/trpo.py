@@ -88,11 +88,11 @@ class Args:
     out: str = "runs/trpo"  # the trained model, metrics.jsonl and checkpoints
 
     # algorithm
-    steps: int = 60  # of training; each has one rollout
+    steps: int = 28  # of training; each has one rollout
     prompts_per_step: int = 256  # on all processes together; one completion of each
     temperature: float = 1.0  # divides the logits, in sampling and in training
-    max_kl: float = 0.01  # KL(old || policy) of a step, at most, nats per token
-    cg_iterations: int = 10  # of the conjugate gradients; each is one product with H
+    max_kl: float = 0.003  # KL(old || policy) of a step, at most, nats per token; paper: 0.01
+    cg_iterations: int = 5  # of the conjugate gradients; each is one product with H; paper: 10
     damping: float = 0.1  # added to the diagonal of H
     num_epochs: int = 1  # passes over each rollout; of the value model, `num_minibatches` updates each
     num_minibatches: int = 4  # updates in each pass
@@ -105,7 +105,7 @@ class Args:
     # optimisation
     value_lr: float | None = None  # peak; default: 9e-6; 2e-3 for models below 10 million parameters
     lr_schedule: Literal["linear", "constant"] = "linear"  # after the warm-up; linear falls to 0
-    warmup_steps: int = 15  # over which the learning rate rises from 0
+    warmup_steps: int = 5  # over which the learning rate rises from 0
     micro_batch_size: int = 64  # sequences in a forward and backward pass, on each GPU
     rollout_batch_size: int = 1024  # sequences sampled at once on each GPU; bounds the KV cache
     gradient_checkpointing: bool = False  # keep only the layers' inputs, recompute the rest
