@@ -8,9 +8,9 @@
     ratio = exp(logprobs - old_logprobs)                       old: the policy at the start of the step
     loss  = -1/num_tokens sum_n sum_t stop_gradient(min(ratio, 1 + clip_high)) * A * logprobs
 
-PPO's clip takes a token out of the gradient once its ratio has left the band. These are often rare tokens on which a
-chain of reasoning turns ("however", "wait"). Here the ratio is only a weight, which corrects for the updates since
-sampling: the weight is clipped, is a constant to the gradient, and every token goes on being trained.
+PPO's clip takes a token out of the gradient once its ratio has left the band on the side to which its advantage
+pushes. These are often rare tokens on which a chain of reasoning turns ("however", "wait"). Here the ratio is only a
+weight, which corrects for the updates since sampling. It is clipped and detached, so every token keeps a gradient.
 
 Each step (1) samples `group_size` completions of each of `prompts_per_step` prompts, (2) rewards them, (3) compares
 them within their groups and (4) updates the policy `num_epochs` times, each time with the gradient of all N sequences.
@@ -18,9 +18,10 @@ them within their groups and (4) updates the policy `num_epochs` times, each tim
 Differs from grpo.py in: Args, main, kl_k3, grpo_loss, cispo_loss.
 
 Good to know
-- The loss is a mean over all tokens of the step: each counts the same, in long and in short completions.
-- `clip_high` is the distance from 1, so that 4 lets weights grow up to 5. The bound is there for a few wild tokens:
-  one of 1.2, as in PPO's clip, would make the weights useless. The paper has a lower bound too, but trains without it.
+- The loss is a mean over all tokens of the step (the paper: of each group): each counts the same, in long and in short
+  completions.
+- `clip_high` is the distance from 1, so that 4 lets weights grow up to 5: the bound is there for a few wild tokens.
+  The value is ours. The paper has a lower bound too, but trains without it.
 - The weight does nothing in the first update of a rollout, where it is 1: hence two updates.
 - The value of the loss means nothing, only its gradient does. There is no KL, and no reference is loaded.
 - EOS is trained like any other token. A completion that is cut at `max_new_tokens` is trained as it is.
@@ -86,7 +87,7 @@ class Args:
     group_size: int = 8  # completions of each prompt
     temperature: float = 1.0  # divides the logits, in sampling and in training
     num_epochs: int = 2  # passes over each rollout; one update each
-    clip_high: float = 4.0  # the ratio is clipped to at most 1 + this; as a weight, that takes no gradient
+    clip_high: float = 4.0  # the ratio is clipped to at most 1 + this; here only a detached weight
 
     # optimisation
     lr: float | None = None  # peak; default: 1e-6; 3e-4 for models below 10 million parameters

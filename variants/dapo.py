@@ -11,11 +11,12 @@
 
 Four changes to GRPO. *Clip higher*: the upper bound is wider, so that unlikely tokens can grow. *Dynamic sampling*:
 groups whose rewards are all equal teach nothing; they are thrown away, and new prompts sampled in their place. *Token
-mean*: each token of the step counts the same. *Overlong shaping*: completions are warned before they are cut.
+mean*: each token of the step counts the same. *Overlong shaping*: the score falls as a completion nears its limit.
 
-Each step (1) samples `group_size` completions of prompt after prompt and rewards them, until `prompts_per_step` groups
-have unequal rewards, (2) shapes the rewards by length, (3) compares them within their groups and (4) updates the
-policy `num_epochs` times, each time with the gradient of all sequences that were kept.
+Each step (1) samples `group_size` completions of prompt after prompt and rewards them, until each process has its
+share of `prompts_per_step` groups with unequal rewards, (2) shapes the rewards by length, (3) compares them within
+their groups and (4) updates the policy `num_epochs` times, each time with the gradient of all sequences that were
+kept.
 
 Differs from grpo.py in: Args, main, kl_k3, grpo_loss, dapo_loss, overlong_penalty, micro_batches.
 
@@ -23,7 +24,9 @@ Good to know
 - The better the policy, the more is thrown away. After `max_rollouts` rounds a step goes on with the groups it has:
   see `num_rollouts` and `num_groups`. If there is none at all, the run ends.
 - `reward` is that of all completions, `completion_length` too. The groups that are trained have harder prompts.
-- The paper's mean is over the tokens of each group; here, as in its code, over those of the whole step.
+- With one update per rollout, the default, the ratio is 1, and neither bound acts before a second one. The paper takes
+  16.
+- The paper's mean is over the tokens of each group; here over those of the whole step. Its rewards are 1 and -1.
 - There is no KL, and no reference is loaded. EOS is trained like any other token.
 
     python sft.py && python variants/dapo.py              on a laptop CPU
@@ -90,7 +93,7 @@ class Args:
     clip_low: float = 0.2  # the ratio is clipped to at least 1 - this
     clip_high: float = 0.28  # the ratio is clipped to at most 1 + this
     max_rollouts: int = 10  # of a step, at most; each of `prompts_per_step` prompts
-    overlong_buffer: int | None = None  # tokens before `max_new_tokens` that cost; default: a quarter of it
+    overlong_buffer: int | None = None  # tokens before `max_new_tokens` that cost; 0: none; default: a quarter of it
 
     # optimisation
     lr: float | None = None  # peak; default: 1e-6; 3e-4 for models below 10 million parameters
@@ -123,7 +126,7 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
 
 def overlong_penalty(lengths: Tensor, max_new_tokens: int, overlong_buffer: int) -> Tensor:
     """0 up to max_new_tokens - overlong_buffer tokens, then falls linearly to -1 at max_new_tokens: (N,) (eq. 13)."""
-    return -((lengths - max_new_tokens + overlong_buffer) / overlong_buffer).clamp(0, 1)
+    return -((lengths - max_new_tokens + overlong_buffer) / max(1, overlong_buffer)).clamp(0, 1)
 
 
 def dapo_loss(
@@ -349,8 +352,8 @@ def rollout(model, prompts, num_samples, temperature, eos_ids, key, args):
 
 
 def micro_batches(rows, size):
-    """Rows (prompt, completion, log-probabilities when sampled, advantage, 1.0 or 0.0 for the mask), `size` at a time,
-    padded on the right."""
+    """Rows (prompt, completion, log-probabilities when sampled, advantage, 1.0 or 0.0 if it only fills up), `size` at a
+    time, padded on the right."""
     for part in [rows[i : i + size] for i in range(0, len(rows), size)]:
         yield types.SimpleNamespace(
             ids=pad([prompt + completion for prompt, completion, *_ in part]),  # (n, L)
@@ -377,7 +380,7 @@ def evaluate(model, tokenizer, rows, reward_of, eos_ids, args) -> dict[str, floa
 def main(args: Args) -> dict[str, float]:
     """Trains and returns the last step's metrics."""
     B, G = args.prompts_per_step // WORLD, args.group_size  # this process's prompts, and completions of each
-    buffer = args.overlong_buffer or max(1, args.max_new_tokens // 4)
+    buffer = args.max_new_tokens // 4 if args.overlong_buffer is None else args.overlong_buffer
     check(args.prompts_per_step == B * WORLD, f"--prompts-per-step {args.prompts_per_step}: not a multiple of {WORLD}")
     check(G > 1 and args.temperature > 0, "--group-size 1 or --temperature 0: there is nothing to compare")
     first_step, folder = start_run(args)

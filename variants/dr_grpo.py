@@ -10,7 +10,7 @@
 
 GRPO divides by the std of a group: prompts that nearly always or nearly never succeed then count more. It divides by
 the length of a completion: each token of a long wrong answer is then punished less, and wrong answers grow longer.
-Here no std divides, and every sum over tokens is divided by one constant: a token weighs the same everywhere.
+Here nothing is divided by a std, and every sum over tokens by one constant: a token weighs the same everywhere.
 
 Each step (1) samples `group_size` completions of each of `prompts_per_step` prompts, (2) rewards them, (3) compares
 them within their groups and (4) updates the policy `num_epochs` times, each time with the gradient of all N sequences.
@@ -19,13 +19,13 @@ Differs from grpo.py in: Args, main, group_advantages, centered_advantages, kl_k
 
 Good to know
 - The constant sets the size of the gradient, which Adam takes out again. The clipping of its norm is what sees it.
-- The mean contains the completion's own reward: A is (G - 1) / G of that of RLOO, which an optimizer cannot tell
-  apart.
+- The mean contains the completion's own reward: A is (G - 1) / G of that of RLOO, which Adam cannot tell apart.
+- With one update per rollout, the default, the ratio is 1: the clip acts from the second update on.
 - There is no KL to a reference, as in the paper, and none is loaded.
 - EOS is trained like any other token. A completion that is cut at `max_new_tokens` is trained as it is.
 
     python sft.py && python variants/dr_grpo.py           on a laptop CPU
-    torchrun --nproc-per-node 8 variants/dr_grpo.py ...   several GPUs; flags for real models as for grpo.py, see README
+    torchrun --nproc-per-node 8 variants/dr_grpo.py ...   several GPUs; flags for real models as for grpo.py
 
 Shapes: B prompts of a process, G samples of each, N sequences of all processes, n of them in a micro-batch, L tokens
 (prompt, completion, padding on the right). Column t of every (n, L) tensor belongs to token t: row i of logprobs holds

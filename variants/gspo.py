@@ -10,7 +10,7 @@
 
 The reward judges a whole completion, so its importance weight should be that of the whole completion too. GRPO weighs
 and clips each token on its own, which is noise: one token's ratio says little about how likely the completion has
-become. The root by the length, the mean in the exponent, keeps long and short completions in one band.
+become. The |y|-th root, hence the mean in the exponent, keeps long and short completions in one band.
 
 Each step (1) samples `group_size` completions of each of `prompts_per_step` prompts, (2) rewards them, (3) compares
 them within their groups and (4) updates the policy `num_epochs` times, each time with the gradient of all N sequences.
@@ -18,8 +18,8 @@ them within their groups and (4) updates the policy `num_epochs` times, each tim
 Differs from grpo.py in: Args, main, kl_k3, grpo_loss, gspo_loss.
 
 Good to know
-- A completion whose ratio has left the band is out of the gradient with all of its tokens, so that a far larger share
-  is clipped than in GRPO. The paper reports 15 %, and better learning.
+- A completion whose ratio has left the band on the side to which its advantage pushes is out of the gradient with all
+  of its tokens, so that far more is clipped than in GRPO. The paper reports 15 % of the tokens, and better learning.
 - The mean over a completion's tokens moves little, so the band is narrow: 3e-4 and 4e-4 for the paper's large models.
   One step of the tiny model moves it by about 0.01.
 - The first update of a rollout has ratio 1, so the clip needs a second one. The paper takes four, on a quarter of the

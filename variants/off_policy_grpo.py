@@ -2,8 +2,9 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "tyro==1.0.17", "wandb==0.31.0"]
 # ///
-"""Off-policy GRPO: several updates from one large rollout, corrected by truncated importance weights (Yao et al. 2025,
-"Your efficient RL framework secretly brings you off-policy RL training"; truncation: Ionides 2008).
+"""Off-policy GRPO: several updates from one large rollout, corrected by truncated importance weights (decoupled PPO:
+Hilton et al. 2021, arXiv:2110.00641; per token and truncated: Yao et al. 2025, "Your efficient RL framework secretly
+brings you off-policy RL training").
 
     A       = (reward - mean(group)) / (std(group) + 1e-4)     one number for all tokens of a completion; std has ddof 1
     ratio   = exp(logprobs - old_logprobs)                     old: the policy before this update
@@ -11,8 +12,8 @@
     loss    = -1/N sum_n 1/|y_n| sum_t weights * min(ratio * A, clip(ratio, 1 - clip_eps, 1 + clip_eps) * A)
 
 Sampling is fastest in large batches, and in large systems it runs beside the training: what is trained was then
-sampled by an older policy. The weights say how much likelier the policy has made each token since. Where that is a lot
-they are cut off: a little bias for much less variance.
+sampled by an older policy. The weights say how much likelier the policy has made each token since. Large weights are
+cut off: a little bias for much less variance.
 
 Each step (1) samples `group_size` completions of each of `staleness` times `prompts_per_step` prompts, (2) rewards
 them, (3) compares them within their groups and (4) makes `staleness` updates of the policy, each on `prompts_per_step`
@@ -23,6 +24,7 @@ Differs from grpo.py in: Args, main, kl_k3, grpo_loss, off_policy_loss, truncate
 Good to know
 - `mean_weight` is near 1 and `truncated_weights` near 0 as long as the policy has moved little. On the built-in task
   it moves so little that it learns without weights too (`--weight-cap None`): they are an insurance.
+- A token's weight leaves out those of the tokens before it: a second small bias.
 - On a GPU the weights also correct for the difference between sampling in bfloat16 and training.
 - N counts the sequences of one update. The loss is a mean over each sequence, then over sequences, as in grpo.py.
 - There is no KL, and no reference is loaded. EOS is trained like any other token, and a cut completion as it is.
@@ -88,7 +90,7 @@ class Args:
     prompts_per_step: int = 32  # on all processes together; of each update
     group_size: int = 8  # completions of each prompt
     temperature: float = 1.0  # divides the logits, in sampling and in training
-    num_epochs: int = 1  # passes over each rollout; of each update's prompts
+    num_epochs: int = 1  # passes over each rollout; over each update's prompts
     clip_eps: float = 0.2  # the ratio is clipped to 1 ± this
     weight_cap: float | None = 2.0  # a token's importance weight is at most this; None: no weights
 

@@ -10,9 +10,9 @@
     loss      = mean_t [ -A * ratio + beta * k3 - entropy_coef * entropy ]
     beta      = beta / 2 if kl < kl_target / 1.5, 2 * beta if kl > 1.5 * kl_target       kl: mean_t k3 after the updates
 
-The clip takes a token out of the gradient once its ratio has left the band. The penalty pulls the policy back to where
-it was at the start of the step, the harder the further it has gone, and beta grows or shrinks until steps have the
-size that was asked for. In the paper's experiments the clip did better.
+The clip takes a token out of the gradient once its ratio has left the band on the side to which its advantage pushes.
+The penalty pulls the policy back to where it was at the start of the step, the harder the further it has gone, and
+beta grows or shrinks until steps have the size that was asked for. In the paper's experiments the clip did better.
 
 Each step (1) samples a completion of each of `prompts_per_step` prompts, (2) scores them, (3) computes old_logprobs,
 ref_logprobs and values, (4) turns scores into rewards, advantages and returns of every token, and (5) updates both
@@ -23,10 +23,12 @@ Differs from ppo.py in: Args, main, policy_loss, penalty_loss, adapt_beta.
 Good to know
 - The samples are those of the old policy, so that the mean of k3 is an unbiased estimate of KL(old || policy), as in
   the paper. Its gradient is unbiased too.
-- There are two KLs. This one, in nats per token, limits a step; `kl_coef` weighs the one to the reference, and stays.
-- beta is kept beside the learning rate in the optimizer's state, so that a resumed run knows it.
+- There are two KLs. This one, in nats per token, limits a step; `kl_coef` weighs the one to the reference, and is
+  constant.
+- beta starts at 1. It is kept beside the learning rate in the optimizer's state, so that a resumed run knows it.
 - `kl_after` is measured by a pass of its own: `approx_kl` is the mean over the updates, each before it acts.
-- mean_t is over all tokens of a minibatch. EOS is a token like any other, and a cut completion has value 0 behind it.
+- mean_t is over all tokens of a minibatch. EOS is a token like any other, and a cut completion has value 0 behind the
+  cut.
 
     python sft.py && python variants/ppo_penalty.py          on a laptop CPU
     torchrun --nproc-per-node 8 variants/ppo_penalty.py ...  several GPUs; flags for real models as for ppo.py
@@ -90,7 +92,7 @@ class Args:
     temperature: float = 1.0  # divides the logits, in sampling and in training
     num_epochs: int = 1  # passes over each rollout; `num_minibatches` updates each; Schulman et al.: 3 to 15
     num_minibatches: int = 4  # updates in each pass; Ouyang et al.: 8
-    kl_target: float = 0.003  # KL from the policy that sampled after a step's updates, nats per token
+    kl_target: float = 0.003  # KL(old || policy) that a step's updates should reach, in nats per token
     value_clip_eps: float = 0.0  # how far a value may move in a step before its gradient may stop; 0: no clipping
     lam: float = 0.95  # lambda of GAE; 1 is Monte Carlo, 0 the one-step residual
     kl_coef: float = 0.05  # weight of the KL to the reference; part of the rewards; Ouyang et al.: 0.02
@@ -160,7 +162,7 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 def penalty_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, beta: float, num_tokens: float
 ) -> Tensor:
-    """Sum over actions of -A * ratio + beta * k3, with k3 = ratio - 1 - log ratio, / num_tokens, a scalar (eq. 8).
+    """Sum over actions of (-A * ratio + beta * (ratio - 1 - log ratio)), divided by num_tokens: a scalar (eq. 8).
 
     logprobs, old_logprobs, advantages, mask: (n, L). num_tokens: actions of the whole minibatch, on all processes.
     """

@@ -12,9 +12,10 @@
     A_t       = rho_t * (rewards_t + gamma * targets_{t+1} - values_t)        then whitened over the update
     loss, loss_v                                               as in ppo.py, with the targets as returns
 
-PPO computes advantages once, with values of before its first update. Here they are computed anew before every update,
-and the ratios correct for the older policy that sampled. rho decides whose values are learned: the caps keep them
-between those of the two policies. c decides how far a later surprise reaches back.
+ppo.py, too, makes several updates from one rollout, but with old_logprobs, values and advantages from before the first
+of them. Here they are computed anew before every update, and the ratios correct for the older policy that sampled. The
+cap of rho decides whose values are learned, those of a policy between the two; c decides how far a later surprise
+reaches back.
 
 Each step (1) samples a completion of each of `staleness` times `prompts_per_step` prompts, (2) scores them and (3)
 computes ref_logprobs. Then, for each of `staleness` updates on prompts of its own, it (4) computes old_logprobs,
@@ -23,12 +24,14 @@ values, rewards, targets and advantages and (5) updates both models, `num_epochs
 Differs from ppo.py in: Args, main, gae, vtrace.
 
 Good to know
-- At ratio 1 and caps of 1 the targets are Monte Carlo returns, those of GAE at lambda 1. With `lam` below 1 and
-  `c_cap` 1 it is Retrace (Munos et al. 2016, arXiv:1606.02647).
-- A holds the weight rho already. The ratio in the loss starts from this update's policy: it is 1 with one epoch.
+- At ratio 1 and with caps and `lam` of 1 the targets are Monte Carlo returns, those of GAE at lambda 1. `lam`
+  multiplies c as in Retrace (Munos et al. 2016, arXiv:1606.02647). The paper assumes `rho_cap` >= `c_cap`.
+- A holds the weight rho already. The ratio in the loss starts from this update's policy: with one epoch it is 1, and
+  nothing is clipped.
 - The paper does not whiten. The mean that whitening takes off is not weighted by rho: a small bias, as ratios are near
   1.
-- mean_t is over all tokens of an update. EOS is a token like any other, and a cut completion has value 0 behind it.
+- mean_t is over all tokens of an update. EOS is a token like any other, and a cut completion has value 0 behind the
+  cut.
 
     python sft.py && python variants/ppo_vtrace.py          on a laptop CPU
     torchrun --nproc-per-node 8 variants/ppo_vtrace.py ...  several GPUs; flags for real models as for ppo.py
@@ -89,11 +92,11 @@ class Args:
     # algorithm
     steps: int = 50  # of training; each has one rollout
     staleness: int = 4  # updates from each rollout, on `prompts_per_step` prompts each
-    prompts_per_step: int = 64  # on all processes together; of each update, one completion of each
+    prompts_per_step: int = 64  # on all processes together; in each update; one completion of each
     temperature: float = 1.0  # divides the logits, in sampling and in training
     num_epochs: int = 1  # passes over each rollout; over each update's prompts
     clip_eps: float = 0.2  # the ratio is clipped to 1 ± this
-    lam: float = 1.0  # lambda of GAE; here of V-trace: it multiplies c
+    lam: float = 1.0  # lambda of GAE; here of V-trace, it multiplies c
     rho_cap: float = 1.0  # on the weight of an advantage
     c_cap: float = 1.0  # on the weight with which a later surprise reaches back
     kl_coef: float = 0.05  # weight of the KL to the reference; part of the rewards; Ouyang et al.: 0.02
@@ -525,7 +528,7 @@ def main(args: Args) -> dict[str, float]:
         lr, value_lr = (learning_rate(args, step, peak) for peak in (peak_lr, value_peak_lr))
         totals, num_updates = Counter(), 0
         for share in torch.randperm(S, generator=seeded(args.seed, step, RANK)).chunk(args.staleness):
-            # (4) what the present policy and values make of this update's completions: (B, L) each
+            # (4) log-probabilities, values, targets and advantages under the present models: (B, L) each
             share = share.sort().values  # in order of length
             of_share = ids[share], mask[share]
             old_logprobs = over_rollout(lambda *x: policy.token_logprobs(*x, args.temperature)[0], *of_share, size)

@@ -21,8 +21,9 @@ leave_one_out, reinforce_loss, micro_batches.
 
 Good to know
 - The sum over tokens is not divided by the length. Its gradient is large, and so is `max_grad_norm`.
-- Token t is paid for what comes at it or later. What was earned before does not depend on it, and would only be noise.
-- The KL is part of the rewards and is not differentiated. The expected gradient is that of KL(policy || reference).
+- Token t is credited with the rewards from t on. Earlier ones do not depend on it, and would only be noise.
+- The KL is part of the rewards and is not differentiated. At gamma 1 the expected gradient is that of KL(policy ||
+  reference).
 - The value of the loss means nothing, only its gradient does.
 - EOS is trained like any other token. A completion that is cut at `max_new_tokens` is trained as it is.
 
@@ -436,12 +437,12 @@ def main(args: Args) -> dict[str, float]:
             if reference:
                 with torch.no_grad():
                     ref, _ = reference.token_logprobs(batch.ids, batch.mask, args.temperature)
+                metrics["kl_ref"] += (old - ref).sum() / N  # nats per completion
             rewards = kl_shaped_rewards(batch.scores, old, ref, batch.mask, args.kl_coef)  # (n, L)
             advantages = returns_to_go(rewards, batch.mask, args.gamma) - batch.baselines[:, None]
             loss = reinforce_loss(logprobs, advantages, batch.mask, N)
             (loss * WORLD).backward()  # FSDP averages over the processes
             metrics["loss"] += loss.detach()
-            metrics["kl_ref"] += (old - ref).sum() / N  # nats per completion
             metrics["sampling_gap"] += (old - batch.sampled).abs().sum() / num_tokens
             metrics["entropy"] += entropy.sum() / num_tokens
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)).item()

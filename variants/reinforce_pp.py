@@ -21,11 +21,13 @@ whiten, reinforce_pp_advantages, policy_loss, micro_batches, parts, over_rollout
 
 Good to know
 - mean_t is over all tokens of the step: each weighs the same, in long and in short completions.
-- The mean is over tokens too, so that it is nearer to the scores of long completions. The variance is biased, and gets
-  1e-8 before the division.
+- With one update per rollout, the default, the ratio is 1: the clip acts from the second update on.
+- Mean and variance are over tokens, so that long completions weigh more. The variance is divided by the count, and
+  1e-8 is added before the root.
 - The baseline is the same for all prompts, easy or hard: right answers to easy prompts are pushed up as hard as
   others.
-- The KL is part of the rewards and is not differentiated. The expected gradient is that of KL(policy || reference).
+- The KL is part of the rewards and is not differentiated. Whitening scales it too: if all scores are equal, it is all
+  that is left.
 - EOS is trained like any other token. A completion that is cut at `max_new_tokens` is trained as it is.
 
     python sft.py && python variants/reinforce_pp.py          on a laptop CPU
@@ -479,7 +481,8 @@ def main(args: Args) -> dict[str, float]:
                 ours.copy_(whole(theirs))
 
         metrics["reward"] = scores.sum() / N
-        metrics["kl_ref"] = (old - ref).sum() / N  # nats per completion
+        if reference:
+            metrics["kl_ref"] = (old - ref).sum() / N  # nats per completion
         metrics["sampling_gap"] = (old - sampled).abs().sum() / num_tokens
         metrics["completion_length"] = sum(map(len, completions)) / N
         metrics["truncated_frac"] = sum(completion[-1] not in eos_ids for completion in completions) / N

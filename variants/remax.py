@@ -19,11 +19,11 @@ Differs from grpo.py in: Args, main, group_advantages, kl_k3, grpo_loss, kl_shap
 remax_advantages, reinforce_loss, micro_batches.
 
 Good to know
-- Only the sampled completions are trained. The greedy ones double the cost of a rollout.
-- Where a sampled completion earns what the greedy one does, its advantage is 0, but for the KL: `frac_zero` counts
-  these.
+- Only the sampled completions are trained on. The greedy ones double the cost of a rollout.
+- Where a sampled completion earns what the greedy one does, its advantage is 0, but for the KL: `frac_zero` is their
+  share.
 - The sum over tokens is not divided by the length. Its gradient is large, and so is `max_grad_norm`.
-- The KL is part of the rewards and is not differentiated. The baseline is without it.
+- The KL is part of the rewards and is not differentiated. The greedy score contains none.
 - The value of the loss means nothing, only its gradient does.
 - EOS is trained like any other token. A completion that is cut at `max_new_tokens` is trained as it is.
 
@@ -433,12 +433,12 @@ def main(args: Args) -> dict[str, float]:
             if reference:
                 with torch.no_grad():
                     ref, _ = reference.token_logprobs(batch.ids, batch.mask, args.temperature)
+                metrics["kl_ref"] += (old - ref).sum() / N  # nats per completion
             rewards = kl_shaped_rewards(batch.scores, old, ref, batch.mask, args.kl_coef)  # (n, L)
             advantages = remax_advantages(rewards, batch.baselines, batch.mask)  # (n, L)
             loss = reinforce_loss(logprobs, advantages, batch.mask, N)
             (loss * WORLD).backward()  # FSDP averages over the processes
             metrics["loss"] += loss.detach()
-            metrics["kl_ref"] += (old - ref).sum() / N  # nats per completion
             metrics["sampling_gap"] += (old - batch.sampled).abs().sum() / num_tokens
             metrics["entropy"] += entropy.sum() / num_tokens
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)).item()

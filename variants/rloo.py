@@ -9,8 +9,8 @@
     ratio = exp(sum_t (logprobs - old_logprobs)_t)                           old: the policy at the start of the step
     loss  = -1/N sum_n min(ratio * A, clip(ratio, 1 - clip_eps, 1 + clip_eps) * A)
 
-A whole completion is one action, whose probability is the product of those of its tokens. What the others of its group
-earned does not depend on it. So their mean, as a baseline, makes the gradient less noisy and does not bias it.
+A whole completion is one action, whose probability is the product of those of its tokens. The scores of the other
+completions of its group do not depend on it, so their mean is a baseline that adds no bias.
 
 Each step (1) samples `group_size` completions of each of `prompts_per_step` prompts, (2) rewards them, (3) computes
 log-probabilities under policy and reference, (4) compares scores within their groups and (5) updates the policy
@@ -22,11 +22,12 @@ Good to know
 - The paper has neither ratio nor clip. With one update per rollout, the default, the ratio is 1 and they do nothing:
   the gradient is that of REINFORCE.
 - The sum over tokens is not divided by the length. Its gradient is large, and so is `max_grad_norm`.
-- The KL is not differentiated: it acts through the scores. The expected gradient is that of KL(policy || reference).
+- The KL is not differentiated: it acts through the scores. With one update the expected gradient is that of KL(policy
+  || reference).
 - EOS is trained like any other token. A completion that is cut at `max_new_tokens` is trained as it is.
 
     python sft.py && python variants/rloo.py              on a laptop CPU
-    torchrun --nproc-per-node 8 variants/rloo.py ...      several GPUs; flags for real models as for grpo.py, see README
+    torchrun --nproc-per-node 8 variants/rloo.py ...      several GPUs; flags for real models as for grpo.py
 
 Shapes: B prompts of a process, G samples of each, N sequences of all processes, n of them in a micro-batch, L tokens
 (prompt, completion, padding on the right). Column t of every (n, L) tensor belongs to token t: row i of logprobs holds
@@ -453,9 +454,10 @@ def main(args: Args) -> dict[str, float]:
                 ours.copy_(whole(theirs))
 
         metrics["reward"] = rewards.sum() / N
-        metrics["kl_ref"] = kl.sum() / N  # nats per completion
+        if reference:
+            metrics["kl_ref"] = kl.sum() / N  # nats per completion
         metrics["reward_std"] = rewards.view(B, G).std(1).sum() / args.prompts_per_step  # within groups
-        metrics["frac_zero_std"] = (advantages.view(B, G) == 0).all(1).sum() / args.prompts_per_step
+        metrics["frac_zero_std"] = (rewards.view(B, G).std(1) == 0).sum() / args.prompts_per_step
         metrics["completion_length"] = sum(map(len, completions)) / N
         metrics["truncated_frac"] = sum(completion[-1] not in eos_ids for completion in completions) / N
         metrics = over_ranks(metrics) | {"grad_norm": grad_norm, "lr": lr, "time/step": time.perf_counter() - clock}
