@@ -45,7 +45,6 @@ ROWS = {  # name in the table: script, flags; {} stands for the folder of this s
     "remax": ("variants/remax", ""),
     "reinforce_pp": ("variants/reinforce_pp", ""),
     "ppo, verifier": ("ppo", "--reward exact"),
-    "ppo, reward model": ("ppo", "--reward {}/rm"),
     "ppo_penalty": ("variants/ppo_penalty", ""),
     "ppo_ptx": ("variants/ppo_ptx", ""),
     "ppo_vtrace": ("variants/ppo_vtrace", ""),

@@ -14,7 +14,11 @@ from conftest import VARIANTS, known
 SHORT = {"eval_size": 300, "eval_every": 0, "save_every": 0, "lr_schedule": "constant", "warmup_steps": 10}
 NEGATED = "import grpo\ndef f(rows, texts): return [-grpo.exact_match(x, row['answer']) for x, row in zip(texts, rows)]"
 
-OWN = {}  # what short runs of a variant need
+OWN = {  # what short runs of a variant need
+    "off_policy_grpo": {"steps": 4, "warmup_steps": 2},
+    "trpo": {"steps": 5},
+    "vapo": {"value_warmup": 2},
+}
 APART = ("ppo_ensemble",)  # needs reward models: see compare.py
 
 
@@ -45,8 +49,8 @@ def test_a_verifier_removes_mistakes_and_a_negated_one_adds_them(script, changes
     "name", [name for name in VARIANTS if hasattr(VARIANTS[name].Args, "steps") and name not in APART]
 )
 def test_variants_remove_mistakes(name, sft_run, tmp_path):
-    """Eight steps of each; fewer where a step has several updates."""
-    changes = {"steps": 2 if name == "off_policy_grpo" else 8, "warmup_steps": 2, "reward": "exact"}
+    """Ten steps of each; fewer where a step has several updates."""
+    changes = {"steps": 10, "warmup_steps": 6, "reward": "exact"}
     found = change(VARIANTS[name], sft_run[0], tmp_path / "out", **known(name, changes | OWN.get(name, {})))
     assert found["eval/accuracy_sampled"] > 0.05
 

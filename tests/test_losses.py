@@ -377,6 +377,7 @@ def test_the_overlong_penalty():
     """At most 20 tokens, the last 4 of them cost: 0 up to 16, a quarter for each."""
     found = dapo.overlong_penalty(T(1, 16, 17, 18, 20, 21), 20, 4)
     assert close(found, [0.0, 0.0, -0.25, -0.5, -1.0, -1.0])
+    assert close(dapo.overlong_penalty(T(19, 20), 20, 0), [0.0, 0.0])  # no buffer, no penalty
 
 
 @pytest.mark.parametrize("advantage", [1.0, -2.0])
