@@ -16,7 +16,8 @@ NEGATED = "import grpo\ndef f(rows, texts): return [-grpo.exact_match(x, row['an
 
 OWN = {  # what short runs of a variant need
     "off_policy_grpo": {"steps": 4, "warmup_steps": 2},
-    "trpo": {"steps": 5},
+    "ppo_vtrace": {"warmup_steps": 15},  # with a shorter one it is unstable at first
+    "trpo": {"steps": 8},
     "vapo": {"value_warmup": 2},
 }
 APART = ("ppo_ensemble",)  # needs reward models: see compare.py

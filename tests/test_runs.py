@@ -488,7 +488,7 @@ FLAGS = {  # what a variant's own flags are changed to
     "cispo": {"clip_high": 0.0},
     "gspo": {"clip_low": 1e-6, "clip_high": 1e-6},
     "off_policy_grpo": {"weight_cap": 0.5, "staleness": 3, "clip_eps": 1e-4},
-    "ppo_penalty": {"kl_target": 1e-12},
+    "ppo_penalty": {"kl_target": 9.0},
     "ppo_vtrace": {"rho_cap": 0.5, "c_cap": 0.5, "lam": 0.5, "staleness": 3},
     "composite_grpo": {"entropy_coef": 0.5, "sft_coef": 0.5, "ngram": 1, "rewards": ("length",)},
     "ppo_ptx": {"sft_coef": 0.5},
